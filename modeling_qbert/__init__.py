@@ -1,0 +1,31 @@
+"""Low-bit BERTs for Transformers. Importing this package registers every family with the Auto classes."""
+
+from . import modeling_ternary
+from .checkpoint import CheckpointError
+from .configuration_qbert import TernaryBertConfig, TernaryElectraConfig, TernaryRobertaConfig
+from .modeling_ternary import *  # noqa: F403
+
+
+_FAMILIES = {"ternary": modeling_ternary.HEADS}
+
+
+def get_model_class(family: str, backbone: str, head: str) -> type:
+    """The class of a family ("ternary"), backbone ("bert", "roberta", "electra") and head ("base", "masked-lm",
+    "sequence-classification", "token-classification", "multiple-choice", "question-answering")."""
+    for name, value, known in (("family", family, _FAMILIES), ("backbone", backbone, _FAMILIES.get(family, {}))):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {sorted(known)}, found {value!r}")
+    heads = _FAMILIES[family][backbone]
+    if head not in heads:
+        raise ValueError(f"head must be one of {sorted(heads)}, found {head!r}")
+    return heads[head]
+
+
+__all__ = [
+    "CheckpointError",
+    "TernaryBertConfig",
+    "TernaryElectraConfig",
+    "TernaryRobertaConfig",
+    "get_model_class",
+    *modeling_ternary.__all__,
+]

@@ -1,0 +1,80 @@
+"""Attention with quantized Q, K, probabilities and V, for every backbone, through Transformers' attention interface.
+
+Registered names: `qbert` returns attention probabilities, `qbert_scores` returns the pre-softmax scores, which
+distillation compares (TernaryBERT section 3.2). Both quantize when the module's config says so and are plain eager
+attention otherwise, so a full-precision teacher gives its scores through the same function.
+
+Shapes: B batch, H heads, T tokens, D head dim.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from .ops import quantized_matmul
+from .quantizers import ActivationQuantizer, Quantized, SoftmaxCodes
+
+
+MASKED = -1e30  # an additive mask below this hides a key: masks hold 0 or the least number of their float type
+
+
+def _transposed(x: Quantized) -> Quantized:
+    return Quantized(*(None if part is None else part.transpose(-1, -2) for part in x))
+
+
+def quantized_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    return_scores: bool = False,
+    **kwargs,  # noqa: ARG001 (Transformers passes more than one attention needs)
+) -> tuple[Tensor, Tensor]:
+    """Attention of query, key, value (B, H, T, D) with an additive mask (B, 1, T or 1, T).
+
+    Q and K have one range per token and head, probabilities one per query. V has one per sentence and head, over the
+    tokens that its mask keeps: a range per token would put its scale inside the sum over tokens, and the product would
+    no longer be one of whole numbers. No range sees padding or a neighbouring sentence. With
+    `activation_granularity="per_tensor"` each of the four has one range over the batch, padding excluded.
+
+    Returns the context (B, T, H, D) and the probabilities, or scores if `return_scores`, (B, H, T, T).
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    quantizer: ActivationQuantizer | None = getattr(module.config, "activation_quantizer_spec", None)
+    if quantizer is None:
+        scores = (query @ key.transpose(-1, -2)) * scaling
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        probabilities = nn.functional.softmax(scores, dim=-1)
+        probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+        context = probabilities @ value
+    else:
+        token_is_real = None  # (B, 1, T, 1): tokens that some query may attend to
+        if attention_mask is not None:
+            token_is_real = (attention_mask > MASKED).any(-2).unsqueeze(-1)
+            token_is_real = token_is_real.any(1, keepdim=True)
+        rows_are_real = token_is_real if quantizer.per_tensor else None
+        query, key, value = query.float(), key.float(), value.float()
+        query_codes, key_codes = quantizer(query, rows_are_real), quantizer(key, rows_are_real)
+        value_codes = quantizer(value, token_is_real, dims=(-2, -1))
+        scores = quantized_matmul(query, key.transpose(-1, -2), query_codes, _transposed(key_codes)) * scaling
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        probabilities, codes, scale = SoftmaxCodes.apply(scores, quantizer.bits, quantizer.per_tensor, rows_are_real)
+        if dropout and module.training:
+            kept = torch.bernoulli(torch.full_like(codes, 1 - dropout))
+            probabilities, codes, scale = probabilities * kept / (1 - dropout), codes * kept, scale / (1 - dropout)
+        context = quantized_matmul(probabilities, value, Quantized(codes, scale), value_codes)
+    return context.transpose(1, 2).contiguous(), scores if return_scores else probabilities
+
+
+AttentionInterface.register("qbert", quantized_attention)
+AttentionInterface.register("qbert_scores", partial(quantized_attention, return_scores=True))
+for _name in ("qbert", "qbert_scores"):  # without its mask function padding would silently be attended to
+    AttentionMaskInterface.register(_name, eager_mask)

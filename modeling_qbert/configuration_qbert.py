@@ -1,0 +1,185 @@
+"""Configurations: the backbone's own fields plus what makes a model low-bit, checked when a config is born."""
+
+import re
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import BertConfig, ElectraConfig, PreTrainedConfig, RobertaConfig
+
+from .checkpoint import CheckpointError
+from .layers import WeightSpec
+from .quantizers import GRANULARITIES, ActivationQuantizer
+
+
+Granularity = Literal["per_tensor", "per_row", "per_group"]
+
+# Inclusive ranges of every whole number a model is built from: far above any BERT, far below what would hang a machine.
+_RANGES = {
+    "vocab_size": (1, 2_000_000),
+    "hidden_size": (1, 16_384),
+    "embedding_size": (1, 16_384),
+    "num_hidden_layers": (0, 128),
+    "num_attention_heads": (1, 1_024),
+    "intermediate_size": (1, 65_536),
+    "max_position_embeddings": (1, 65_536),
+    "type_vocab_size": (1, 1_024),
+    "group_size": (1, 65_536),
+}
+_MAX_PARAMETERS = 2_000_000_000
+_LOW_BIT_WORD = re.compile(r"bits|quant|granularity|packing|planes|ghost")
+
+
+@strict
+class LowBitConfig(PreTrainedConfig):
+    r"""
+    Quantization fields that every low-bit config adds to its backbone's.
+
+    Args:
+        bits (`str`, *optional*, defaults to `"2-2-8"`):
+            W-E-A: bits of encoder weights, word embedding and activations. 2 is ternary {-1, 0, +1}, 8 is symmetric int8,
+            32 is full precision; activations have 8, 4 or 32. Quantized activations need quantized weights.
+        weight_quantizer (`"twn"` or `"lat"`, *optional*, defaults to `"twn"`):
+            Ternary quantizer: approximation based (TWN) or loss aware (LAT).
+        weight_granularity, embedding_granularity (*optional*, default to `"per_tensor"` and `"per_row"`):
+            One scale per matrix, per output row, or per `group_size` columns of a row. Defaults as TernaryBERT.
+        group_size (`int`, *optional*, defaults to 64): Columns that share a scale with `"per_group"`.
+        activation_quantizer (`"asymmetric"` or `"symmetric"`, *optional*, defaults to `"asymmetric"`):
+            Dynamic min-max range (TernaryBERT's paper; its released code is symmetric).
+        activation_granularity (`"per_token"` or `"per_tensor"`, *optional*, defaults to `"per_token"`):
+            One range per token, or one over the whole batch as in the papers: predictions then depend on the batch.
+    """
+
+    bits: str = "2-2-8"
+    weight_quantizer: Literal["twn", "lat"] = "twn"
+    weight_granularity: Granularity = "per_tensor"
+    embedding_granularity: Granularity = "per_row"
+    group_size: int = 64
+    activation_quantizer: Literal["symmetric", "asymmetric"] = "asymmetric"
+    activation_granularity: Literal["per_token", "per_tensor"] = "per_token"
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in `PreTrainedConfig`; the full-precision backbone's config is accepted, any other model type is not."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = fields.get("model_type", cls.model_type)
+        accepted = [base.model_type for base in cls.__mro__ if getattr(base, "model_type", "")]
+        if cls.model_type and found not in accepted:
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}/config.json: field 'model_type' must be one of "
+                f"{sorted(set(accepted))} to make a {cls.model_type} model, found {found!r}"
+            )
+        return fields | {"model_type": cls.model_type or found}, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in `PreTrainedConfig`; what is wrong with a file's fields is one `CheckpointError` that names the file."""
+        path = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, CheckpointError) or not path:
+                raise
+            raise CheckpointError(f"{path}/config.json: {error}") from error
+
+    def validate_low_bit(self):
+        """Run by `@strict` after birth and before saving: every error names the field, its range and its value."""
+        weight, embedding, activation = self.bit_widths
+        for name, value, allowed in (
+            ("weights", weight, (2, 8, 32)),
+            ("embedding", embedding, (2, 8, 32)),
+            ("activations", activation, (4, 8, 32)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"config field `bits`: {name} must have one of {allowed} bits, found {self.bits!r}")
+        if weight == 32 and activation != 32:
+            raise ValueError(
+                f"config field `bits`: quantized activations need quantized weights, found {self.bits!r}; "
+                "use 32 bits for both or 2 or 8 bits for the weights"
+            )
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name, low)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"config field `{name}` must be a whole number in [{low}, {high}], found {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config field `hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})"
+            )
+        layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+        parameters = self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
+        if parameters > _MAX_PARAMETERS:
+            raise ValueError(
+                f"config describes {parameters:,} weights (num_hidden_layers {self.num_hidden_layers}, hidden_size "
+                f"{self.hidden_size}, vocab_size {self.vocab_size}); at most {_MAX_PARAMETERS:,} are accepted"
+            )
+        if self.layer_norm_eps <= 0 or self.layer_norm_eps > 1:
+            raise ValueError(f"config field `layer_norm_eps` must be in (0, 1], found {self.layer_norm_eps!r}")
+        known = {"quantization_config", *type(self).__dataclass_fields__}
+        unknown = sorted(key for key in self.__dict__ if _LOW_BIT_WORD.search(key) and key not in known)
+        unknown = [key for key in unknown if not key.startswith("_")]
+        if unknown:
+            raise ValueError(f"config has unknown quantization fields {unknown}; known are {sorted(low_bit_fields())}")
+
+    @property
+    def bit_widths(self) -> tuple[int, int, int]:
+        """(weights, word embedding, activations)."""
+        if not isinstance(self.bits, str) or not re.fullmatch(r"\d{1,2}-\d{1,2}-\d{1,2}", self.bits):
+            raise ValueError(f"config field `bits` must be W-E-A like '2-2-8', found {self.bits!r}")
+        weight, embedding, activation = (int(part) for part in self.bits.split("-"))
+        return weight, embedding, activation
+
+    @property
+    def weight_spec(self) -> WeightSpec | None:
+        """Quantizer of the linear layers, None in full precision."""
+        return self._spec(self.bit_widths[0], self.weight_granularity)
+
+    @property
+    def embedding_spec(self) -> WeightSpec | None:
+        """Quantizer of the word embedding, None in full precision."""
+        return self._spec(self.bit_widths[1], self.embedding_granularity)
+
+    @property
+    def activation_quantizer_spec(self) -> ActivationQuantizer | None:
+        """Quantizer of linear inputs and attention factors, None in full precision."""
+        bits = self.bit_widths[2]
+        if bits == 32:
+            return None
+        return ActivationQuantizer(
+            bits, self.activation_quantizer == "symmetric", self.activation_granularity == "per_tensor"
+        )
+
+    def _spec(self, bits: int, granularity: str) -> WeightSpec | None:
+        if bits == 32:
+            return None
+        assert granularity in GRANULARITIES
+        return WeightSpec(self.weight_quantizer if bits == 2 else f"int{bits}", granularity, self.group_size)
+
+    def compute_fields(self) -> dict[str, Any]:
+        """Every field that an answer depends on; a packed file carries them and refuses a config that differs."""
+        names = {*low_bit_fields(), *_RANGES, "hidden_act", "layer_norm_eps", "pad_token_id", "is_decoder"}
+        names |= {name for name in vars(self) if name.startswith("summary_") and "dropout" not in name}
+        fields = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
+        return {"model_type": self.model_type, **fields}
+
+
+def low_bit_fields() -> list[str]:
+    return list(LowBitConfig.__annotations__)
+
+
+@strict
+class TernaryBertConfig(LowBitConfig, BertConfig):
+    __doc__ = "BERT with ternary weights (TernaryBERT). Adds to `BertConfig`:\n" + (LowBitConfig.__doc__ or "")
+    model_type = "ternary_bert"
+
+
+@strict
+class TernaryRobertaConfig(LowBitConfig, RobertaConfig):
+    __doc__ = "RoBERTa with ternary weights. Adds to `RobertaConfig`:\n" + (LowBitConfig.__doc__ or "")
+    model_type = "ternary_roberta"
+
+
+@strict
+class TernaryElectraConfig(LowBitConfig, ElectraConfig):
+    __doc__ = "ELECTRA with ternary weights. Adds to `ElectraConfig`:\n" + (LowBitConfig.__doc__ or "")
+    model_type = "ternary_electra"

@@ -1,0 +1,176 @@
+"""Where the zoo meets Transformers: the `qbert` quantizer, strict loading, and the Auto registries."""
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .checkpoint import CheckpointError, Expected, check_config, check_digests, check_tensors, file_metadata, open_packed
+from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, empty_packed_layer
+from .packing import FORMAT_VERSION, PACKINGS
+
+
+class QbertConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint: how the bits lie in the file. What they mean is in the model config.
+
+    Args:
+        packing (`"2bit"` or `"dense"`, *optional*, defaults to `"2bit"`): layout of ternary codes.
+        format_version (`int`, *optional*): version of the file format.
+    """
+
+    def __init__(self, packing: str = "2bit", format_version: int = FORMAT_VERSION, **kwargs):
+        self.quant_method = "qbert"
+        self.packing, self.format_version = packing, format_version
+        unknown = set(kwargs) - {"quant_method"}
+        if unknown or packing not in PACKINGS or format_version != FORMAT_VERSION:
+            found = {"packing": packing, "format_version": format_version, **{key: kwargs[key] for key in unknown}}
+            raise CheckpointError(
+                f"config.json: quantization_config must have packing in {PACKINGS} and format_version {FORMAT_VERSION}, "
+                f"found {found}"
+            )
+
+
+class QbertQuantizer(HfQuantizer):
+    """Builds the packed layers of a low-bit model on the meta device and checks the file before it is read."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None, **_):
+        if not hasattr(model, "pack"):
+            raise CheckpointError(
+                f"config.json: quantization_config belongs to a low-bit model; {type(model).__name__} is not one "
+                f"(model_type {model.config.model_type!r})"
+            )
+        if not self.pre_quantized:
+            raise ValueError("load the latent model and call `.pack()`: packing needs no quantization_config")
+        swap_to_packed(model, self.quantization_config.packing)
+        if checkpoint_files is not None:
+            if len(checkpoint_files) != 1:
+                raise CheckpointError(
+                    f"{os.path.dirname(checkpoint_files[0])}: a packed checkpoint is one file, found {len(checkpoint_files)}"
+                )
+            check_file(checkpoint_files[0], model, self.quantization_config.packing)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_):
+        own_memory(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        tied = set(model.all_tied_weights_keys)
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        config = model.config
+        fields = config.compute_fields() | {"num_labels": config.num_labels}
+        return None, file_metadata(tensors, self.quantization_config.packing, type(model).__name__, fields)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def swap_to_packed(model: nn.Module, packing: str) -> None:
+    """Replace every latent layer by an empty packed one on the same device."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            model.set_submodule(name, empty_packed_layer(module, packing))
+    link_decoder(model)
+
+
+def link_decoder(model: nn.Module) -> None:
+    """Point a packed tied decoder to the packed word embedding, and take it off the list of tied parameters."""
+    decoder, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(decoder, PackedLinear) and isinstance(embedding, PackedEmbedding):
+        decoder.source = (embedding,)
+        name = next(name for name, module in model.named_modules() if module is decoder)
+        tied = {target: source for target, source in model.all_tied_weights_keys.items() if target != f"{name}.weight"}
+        model.all_tied_weights_keys = model._tied_weights_keys = tied
+
+
+def own_memory(model: nn.Module) -> None:
+    """Copy every tensor out of the mapped file: whatever happens to the file afterwards, answers stay."""
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None and tensor.device.type == "cpu":
+                    if isinstance(tensor, nn.Parameter):
+                        tensor.data = tensor.data.clone()
+                    else:
+                        store[name] = tensor.clone()
+
+
+def expected_tensors(model: nn.Module) -> dict[str, Expected]:
+    """Name -> what a packed file must hold for this packed model (any device, meta included)."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding)}
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    expected = {}
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        layer = layers.get(owner)
+        if layer is not None and leaf == "weight":
+            expected[name] = Expected(tuple(tensor.shape), layer.columns, layer.packing)
+        else:
+            expected[name] = Expected(tuple(tensor.shape), is_scale=layer is not None and leaf == "weight_scale")
+    return expected
+
+
+def check_file(path: str, model: nn.Module, packing: str) -> None:
+    """Every check of a packed file against the packed model about to be filled from it; raises `CheckpointError`.
+
+    The file's own head must match tensor by tensor. Another head may be asked for: then the backbone must be complete
+    (a pooler may be left out), and what the new head lacks is initialised and reported by Transformers, as usual.
+    """
+    file = open_packed(path)
+    expected = expected_tensors(model)
+    same_head = file.metadata["qbert_architecture"] == type(model).__name__
+    prefix = model.base_model_prefix + "."
+    if not same_head:
+        file_has_prefix = any(name.startswith(prefix) for name in file.tensors)
+        model_has_prefix = any(name.startswith(prefix) for name in expected)
+        if file_has_prefix and not model_has_prefix:
+            expected = {prefix + name: want for name, want in expected.items()}
+        elif model_has_prefix and not file_has_prefix:
+            expected = {name.removeprefix(prefix): want for name, want in expected.items() if name.startswith(prefix)}
+        else:
+            packed_head = [name for name, want in expected.items() if want.packing and not name.startswith(prefix)]
+            if any(name not in file.tensors for name in packed_head):
+                raise file.fail(f"has no packed tensors {packed_head} for {type(model).__name__}; start from a latent model")
+            expected = {name: want for name, want in expected.items() if name.startswith(prefix)}
+    missing = sorted(set(expected) - set(file.tensors))
+    unexpected = sorted(set(file.tensors) - set(expected)) if same_head else []
+    if missing or unexpected:
+        hint = ""
+        for wrapper in ("module.", "_orig_mod."):
+            if any(name.startswith(wrapper) for name in unexpected):
+                hint = f"; save the unwrapped model (names start with {wrapper!r})"
+        raise file.fail(f"{len(missing)} tensors missing {missing[:5]}, {len(unexpected)} unexpected {unexpected[:5]}{hint}")
+    if file.metadata["qbert_packing"] != packing:
+        raise file.fail(f"packing is {file.metadata['qbert_packing']!r}, config.json says {packing!r}")
+    fields = model.config.compute_fields() | {"num_labels": model.config.num_labels}
+    check_config(file, fields, frozenset() if same_head else frozenset({"num_labels"}))
+    check_digests(file)
+    check_tensors(file, expected)
+
+
+def register(config: type, heads: dict[Any, type]) -> None:
+    """Register one family on one backbone: `heads` maps Auto classes to model classes."""
+    from transformers import AutoConfig
+
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    for auto_class, model_class in heads.items():
+        auto_class.register(config, model_class, exist_ok=True)
+
+
+# setdefault: remote code may import this module more than once, and the first one stays
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("qbert", QbertConfig)
+AUTO_QUANTIZER_MAPPING.setdefault("qbert", QbertQuantizer)

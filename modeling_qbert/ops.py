@@ -1,0 +1,163 @@
+"""Products and look-ups of quantized tensors in plain torch; the only door to faster kernels.
+
+A product of codes is accumulated exactly, so fake-quant and packed layers, every batch and every device give the same
+whole numbers; one fixed float formula then applies the scales.
+
+Shapes: N tokens (any leading dims flattened), O out rows, I in columns, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+from .quantizers import Quantized, expand_scale
+
+
+EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32
+
+
+def has_fast_int8(device: torch.device) -> bool:
+    """Whether torch multiplies int8 matrices fast on this device (CPU with VNNI, or CUDA)."""
+    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_vnni_supported())
+
+
+def matmul_codes(x: Tensor, weight: Tensor, weight_bound: int) -> Tensor:
+    """x (N, I) @ weight (O, I)^T of int8 codes -> exact sums as float32 (N, O).
+
+    `weight_bound` is the largest magnitude in `weight`: it tells which float type still adds exactly.
+    """
+    if has_fast_int8(x.device):
+        rows, (out, columns) = x.shape[0], weight.shape
+        if x.device.type == "cpu" or (rows > 16 and out % 8 == 0 and columns % 8 == 0):  # cuBLAS' limits
+            return torch._int_mm(x, weight.t()).float()
+    exact = 128 * weight_bound * x.shape[1] <= EXACT_FLOAT32
+    dtype = torch.float32 if exact else torch.float64
+    return (x.to(dtype) @ weight.to(dtype).t()).float()
+
+
+def linear_codes(x: Quantized, weight: Quantized, bias: Tensor | None, weight_bound: int, group_size: int) -> Tensor:
+    """Linear layer of an activation (N, I) and a weight (O, I), both int8 codes -> float32 (N, O).
+
+    y = sum over groups of (sum of code products * x scale + x offset * sum of weight codes) * weight scale, + bias.
+    """
+    if weight.scale.shape[1] == 1:
+        y = _scaled_product(x, weight.codes, weight.scale.view(1, -1), weight_bound)
+    else:
+        y = 0
+        for group, scale in enumerate(weight.scale.unbind(1)):
+            columns = slice(group * group_size, (group + 1) * group_size)
+            part = Quantized(x.codes[:, columns].contiguous(), x.scale, x.offset)
+            y = y + _scaled_product(part, weight.codes[:, columns].contiguous(), scale.view(1, -1), weight_bound)
+    return y if bias is None else y + bias
+
+
+def _scaled_product(x: Quantized, codes: Tensor, scale: Tensor, weight_bound: int) -> Tensor:
+    y = matmul_codes(x.codes, codes, weight_bound) * x.scale
+    if x.offset is not None:
+        y = torch.addcmul(y, x.offset, codes.sum(1, dtype=torch.int32).float().view(1, -1))
+    return y * scale
+
+
+def dequantize_weight(weight: Quantized, group_size: int) -> Tensor:
+    """scale * codes of a weight (O, I), float32."""
+    return weight.codes.to(weight.scale.dtype) * expand_scale(weight.scale, weight.codes.shape[1], group_size)
+
+
+class _LinearCodes(torch.autograd.Function):
+    """`linear_codes` with straight-through gradients to the latent activation and weight."""
+
+    @staticmethod
+    def forward(ctx, x, latent_weight, bias, x_codes, x_scale, x_offset, codes, scale, weight_bound, group_size):
+        activation, weight = Quantized(x_codes, x_scale, x_offset), Quantized(codes, scale)
+        ctx.save_for_backward(x_codes, x_scale, x_offset, codes, scale)
+        ctx.group_size, ctx.x_dtype = group_size, x.dtype
+        device = x_codes.device.type
+        ctx.backward_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        with torch.autocast(device, enabled=False):
+            return linear_codes(activation, weight, bias, weight_bound, group_size)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x_codes, x_scale, x_offset, codes, scale = ctx.saved_tensors
+        dtype = ctx.backward_dtype
+        grad = grad.float()
+        grad_x = grad_weight = grad_bias = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                if scale.shape[1] == 1:  # fold the scale into the smaller factor; codes are exact in any float type
+                    grad_x = ((grad * scale.view(1, -1)).to(dtype) @ codes.to(dtype)).to(ctx.x_dtype)
+                else:
+                    weight = dequantize_weight(Quantized(codes, scale), ctx.group_size)
+                    grad_x = (grad.to(dtype) @ weight.to(dtype)).to(ctx.x_dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = ((grad * x_scale).to(dtype).t() @ x_codes.to(dtype)).float()
+                if x_offset is not None:
+                    grad_weight += (grad * x_offset).sum(0).view(-1, 1)
+            if ctx.needs_input_grad[2]:
+                grad_bias = grad.sum(0)
+        return grad_x, grad_weight, grad_bias, *(None,) * 7
+
+
+def quantized_linear(
+    x: Tensor,
+    latent_weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Quantized,
+    weight: Quantized,
+    weight_bound: int,
+    group_size: int,
+) -> Tensor:
+    """`linear_codes` of x (N, I) and a weight (O, I), differentiable in x, latent weight (None when packed) and bias.
+
+    Under autocast the forward stays exact; the two products of the backward run in the autocast type.
+    """
+    if not torch.is_grad_enabled():
+        return linear_codes(activation, weight, bias, weight_bound, group_size)
+    return _LinearCodes.apply(x, latent_weight, bias, *activation, *weight[:2], weight_bound, group_size)
+
+
+def _product(a: Quantized, b: Quantized) -> Tensor:
+    """Batched a (..., N, K) @ b (..., K, M) of float codes, scales broadcastable outside K; exact sums, then scales."""
+    y = (a.codes @ b.codes) * (a.scale * b.scale)
+    if b.offset is not None:
+        y = y + (a.codes.sum(-1, keepdim=True) * a.scale) * b.offset
+    if a.offset is not None:
+        y = y + a.offset * (b.codes.sum(-2, keepdim=True) * b.scale)
+        if b.offset is not None:
+            y = y + a.codes.shape[-1] * a.offset * b.offset
+    return y
+
+
+class _MatmulCodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, a_codes, a_scale, a_offset, b_codes, b_scale, b_offset):  # noqa: ARG004
+        ctx.save_for_backward(a_codes, a_scale, a_offset, b_codes, b_scale, b_offset)
+        device = a_codes.device.type
+        ctx.backward_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        with torch.autocast(device, enabled=False):
+            return _product(Quantized(a_codes, a_scale, a_offset), Quantized(b_codes, b_scale, b_offset))
+
+    @staticmethod
+    def backward(ctx, grad):
+        a_codes, a_scale, a_offset, b_codes, b_scale, b_offset = ctx.saved_tensors
+        dtype = ctx.backward_dtype
+        grad_a = grad_b = None
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = grad.to(dtype)
+            if ctx.needs_input_grad[0]:
+                b = Quantized(b_codes, b_scale, b_offset).dequantize()
+                grad_a = (grad @ b.to(dtype).transpose(-1, -2)).float()
+            if ctx.needs_input_grad[1]:
+                a = Quantized(a_codes, a_scale, a_offset).dequantize()
+                grad_b = (a.to(dtype).transpose(-1, -2) @ grad).float()
+        return grad_a, grad_b, *(None,) * 6
+
+
+def quantized_matmul(a: Tensor, b: Tensor, a_quantized: Quantized, b_quantized: Quantized) -> Tensor:
+    """Batched product of the codes of a (..., N, K) and b (..., K, M), differentiable in a and b (straight through).
+
+    Codes are float whole numbers; sums are exact while K * largest code product <= 2^24: for 8-bit attention, head dims
+    up to 1,040 and up to 518 tokens.
+    """
+    if not torch.is_grad_enabled():
+        return _product(a_quantized, b_quantized)
+    return _MatmulCodes.apply(a, b, *a_quantized, *b_quantized)

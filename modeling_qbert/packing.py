@@ -1,0 +1,79 @@
+"""Codes <-> bits: the layouts of a packed checkpoint.
+
+A weight of O rows and I columns becomes a uint8 tensor of O rows; every row starts at a byte, low bits first.
+
+`2bit`, four ternary codes a byte, columns 0, 1, 2, 3 from the low end, code c stored as c + 1:
+
+    byte   33 22 11 00        -1 -> 00    0 -> 01    +1 -> 10    11 is an error
+
+`dense`, five ternary codes a byte in base 3 (1.6 bits a weight), column 0 least significant:
+
+    byte   (c0 + 1) + 3 (c1 + 1) + 9 (c2 + 1) + 27 (c3 + 1) + 81 (c4 + 1)        243..255 are errors
+
+`int8`, one signed byte a weight (as stored in uint8: two's complement), for 8-bit weights; -128 is an error.
+
+Columns past I in the last byte of a row are stored as the digit 0 (2bit, dense), and anything else there is an error.
+"""
+
+import torch
+from torch import Tensor
+
+
+FORMAT_VERSION = 1
+PACKINGS = ("2bit", "dense")  # the layouts a user may choose for ternary codes
+_DIGITS = {"2bit": 4, "dense": 5, "int8": 1}  # codes a byte
+_BASE = {"2bit": 4, "dense": 3}
+
+
+def packed_columns(columns: int, packing: str) -> int:
+    """Bytes of one row of `columns` codes."""
+    return -(-columns // _DIGITS[packing])
+
+
+def pack_codes(codes: Tensor, packing: str) -> Tensor:
+    """int8 codes (O, I) -> uint8 (O, packed_columns(I))."""
+    if packing == "int8":
+        return codes.contiguous().view(torch.uint8)
+    digits, base = _DIGITS[packing], _BASE[packing]
+    rows, columns = codes.shape
+    padded = torch.zeros(rows, packed_columns(columns, packing) * digits, dtype=torch.int32, device=codes.device)
+    padded[:, :columns] = codes.int() + 1
+    weights = torch.tensor([base**k for k in range(digits)], dtype=torch.int32, device=codes.device)
+    return (padded.view(rows, -1, digits) * weights).sum(-1).to(torch.uint8)
+
+
+def unpack_codes(packed: Tensor, columns: int, packing: str) -> Tensor:
+    """uint8 (O, bytes) -> int8 codes (O, columns)."""
+    if packing == "int8":
+        return packed.view(torch.int8)
+    return (_digits(packed, packing)[:, :columns] - 1).contiguous()
+
+
+def _digits(packed: Tensor, packing: str) -> Tensor:
+    """uint8 (O, bytes) -> int8 digits (O, bytes * digits a byte), 0..3 or 0..2."""
+    rows = packed.shape[0]
+    if packing == "2bit":
+        # masks instead of shifts of the whole tensor: uint8 stays uint8 on every device and in exported graphs
+        parts = [torch.div(packed, 4**k, rounding_mode="floor") % 4 for k in range(4)]
+    else:
+        parts = [torch.div(packed, 3**k, rounding_mode="floor") % 3 for k in range(5)]
+    return torch.stack(parts, dim=-1).view(rows, -1).to(torch.int8)
+
+
+def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, int, int] | None:
+    """(row, column, count) of the first stored value outside the alphabet, a non-zero pad included; None when clean."""
+    if packing == "int8":
+        bad = packed == 128
+    elif packing == "dense":
+        bad = packed >= 243
+    else:
+        bad = (packed & (packed >> 1) & 0x55) != 0
+    digits = _DIGITS[packing]
+    used = columns - (packed.shape[1] - 1) * digits  # codes in the last byte of a row
+    if used < digits:
+        bad[:, -1] |= packed[:, -1] >= _BASE[packing] ** used
+    count = int(bad.sum())
+    if not count:
+        return None
+    row, byte = divmod(int(bad.flatten().to(torch.uint8).argmax()), packed.shape[1])
+    return row, byte * digits, count

@@ -1,0 +1,254 @@
+"""Quantizers: the maths of every code, scale and gradient, each formula once.
+
+Shapes: B batch, T tokens, H heads, D head dim, O out rows, I in columns, G groups. `x ≈ scale * codes (+ offset)`, always multiply.
+
+Training, packing and tests call these functions; nothing else in the project computes a scale or a code.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+TWN_THRESHOLD = 0.7  # threshold = 0.7 * mean|w|: Li & Liu, Ternary Weight Networks (2016), eq. 6; TernaryBERT section 3.1
+LAT_ITERATIONS = 10  # alternating steps from a cold start: the released loss-aware quantizer of BinaryBERT uses 1 + 10
+TINY = 1e-30  # floor of a scale; keeps 127 / range finite and a scale of an all-zero group positive
+
+GRANULARITIES = ("per_tensor", "per_row", "per_group")
+
+
+class Quantized(NamedTuple):
+    """`value ≈ codes * scale (+ offset)`; scale and offset broadcast against codes."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """Float tensor of the shape of `codes`."""
+        value = self.codes.to(self.scale.dtype) * self.scale
+        return value if self.offset is None else value + self.offset
+
+
+class StraightThrough(torch.autograd.Function):
+    """Forward: the quantized value. Backward: identity to the latent tensor (Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(ctx, latent: Tensor, quantized: Tensor) -> Tensor:  # noqa: ARG004 (autograd's signature)
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
+# Weights
+
+
+def scale_shape(rows: int, columns: int, granularity: str, group_size: int) -> tuple[int, int]:
+    """Shape of the scale of an (O, I) weight: (1, 1), (O, 1) or (O, G)."""
+    if granularity == "per_tensor":
+        return (1, 1)
+    if granularity == "per_row":
+        return (rows, 1)
+    return (rows, -(-columns // group_size))
+
+
+def expand_scale(scale: Tensor, columns: int, group_size: int) -> Tensor:
+    """Scale (1, 1), (O, 1) or (O, G) made broadcastable against (O, I)."""
+    if scale.shape[1] == 1:
+        return scale
+    return scale.repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+def _group_sum(values: Tensor, granularity: str, group_size: int) -> Tensor:
+    """Sum of (O, I) over each scale group, of the shape of the scale.
+
+    Rows are summed first and the few row sums in float64, so that the result does not depend on the number of threads.
+    """
+    if granularity == "per_group":
+        rows, columns = values.shape
+        padding = -columns % group_size
+        return torch.nn.functional.pad(values, (0, padding)).view(rows, -1, group_size).sum(-1)
+    rows = values.sum(-1, keepdim=True)
+    return rows if granularity == "per_row" else rows.double().sum().to(values.dtype).view(1, 1)
+
+
+def _group_amax(values: Tensor, granularity: str, group_size: int) -> Tensor:
+    """Largest of non-negative (O, I) over each scale group, of the shape of the scale."""
+    if granularity == "per_group":
+        rows, columns = values.shape
+        padding = -columns % group_size
+        return torch.nn.functional.pad(values, (0, padding)).view(rows, -1, group_size).amax(-1)
+    rows = values.amax(-1, keepdim=True)
+    return rows if granularity == "per_row" else rows.amax().view(1, 1)
+
+
+def _group_count(weight: Tensor, granularity: str, group_size: int) -> Tensor:
+    """Number of real weights in each scale group, of the shape of the scale (the last group of a row may be shorter)."""
+    rows, columns = weight.shape
+    if granularity == "per_tensor":
+        return weight.new_full((1, 1), rows * columns)
+    if granularity == "per_row":
+        return weight.new_full((1, 1), columns)
+    groups = -(-columns // group_size)
+    starts = torch.arange(groups, device=weight.device) * group_size
+    return (columns - starts).clamp_max(group_size).to(weight.dtype).view(1, groups)
+
+
+def ternary_codes(weight: Tensor, threshold: Tensor, group_size: int) -> Tensor:
+    """int8 codes {-1, 0, +1} of (O, I): sign(w) where |w| > threshold (strict), else 0."""
+    threshold = expand_scale(threshold, weight.shape[1], group_size)
+    return (weight > threshold).view(torch.int8) - (weight < -threshold).view(torch.int8)
+
+
+def quantize_twn(weight: Tensor, granularity: str, group_size: int) -> Quantized:
+    """Ternary, approximation based: threshold 0.7 mean|w|, scale the mean |w| above it (TWN; TernaryBERT eq. 4-5)."""
+    magnitude = weight.abs()
+    mean = _group_sum(magnitude, granularity, group_size) / _group_count(weight, granularity, group_size)
+    codes = ternary_codes(weight, TWN_THRESHOLD * mean, group_size)
+    kept = codes.to(weight.dtype)
+    total = _group_sum(weight * kept, granularity, group_size)
+    count = _group_sum(kept.abs_(), granularity, group_size)
+    return Quantized(codes, (total / count.clamp_min(1)).clamp_min(TINY))
+
+
+def codes_from_lat_scale(weight: Tensor, scale: Tensor, group_size: int) -> Quantized:
+    """Loss-aware ternary codes of a given scale: round(clip(w / scale, -1, 1)), that is |w| > scale / 2."""
+    return Quantized(ternary_codes(weight, scale / 2, group_size), scale)
+
+
+def lat_scale(
+    weight: Tensor,
+    curvature: Tensor | None,
+    granularity: str,
+    group_size: int,
+    start: Tensor | None = None,
+    iterations: int = LAT_ITERATIONS,
+) -> Tensor:
+    """Scale of loss-aware ternarization: alternating minimisation of sum d (scale * codes - w)^2.
+
+    Args:
+        weight: latent weight (O, I).
+        curvature: d, diagonal curvature of the loss (O, I), non-negative; `None` means 1 everywhere.
+        start: scale to start from; default the TWN scale.
+        iterations: alternating steps; 1 or 2 suffice from the scale of the previous training step.
+
+    Source: Hou & Kwok, Loss-aware Weight Quantization of Deep Networks (ICLR 2018), section 3; TernaryBERT eq. 6.
+    A group whose curvature sums to nothing keeps its scale.
+    """
+    scale = quantize_twn(weight, granularity, group_size).scale if start is None else start
+    for _ in range(iterations):
+        kept = ternary_codes(weight, scale / 2, group_size).to(weight.dtype)
+        weighted = kept if curvature is None else kept * curvature
+        total = _group_sum(weighted * weight, granularity, group_size)
+        mass = _group_sum(weighted.abs(), granularity, group_size)
+        scale = torch.where(mass > 0, total / mass.clamp_min(TINY), scale).clamp_min(TINY)
+    return scale
+
+
+def quantize_symmetric(weight: Tensor, granularity: str, group_size: int, bits: int = 8) -> Quantized:
+    """Symmetric k-bit codes in ±(2^(k-1) - 1), scale max|w| / (2^(k-1) - 1) (TernaryBERT's 8-bit weights)."""
+    levels = 2 ** (bits - 1) - 1
+    largest = _group_amax(weight.abs(), granularity, group_size).clamp_min(TINY)
+    codes = torch.round(weight * expand_scale(levels / largest, weight.shape[1], group_size))
+    return Quantized(codes.to(torch.int8), largest / levels)
+
+
+# name -> (bits, quantizer). "lat" keeps its scale as state: codes follow from the latent weight and that scale alone.
+WEIGHT_QUANTIZERS: dict[str, tuple[int, Callable[..., Quantized]]] = {
+    "twn": (2, quantize_twn),
+    "lat": (2, codes_from_lat_scale),
+    "int8": (8, quantize_symmetric),
+}
+
+
+# Activations
+
+
+class ActivationQuantizer(NamedTuple):
+    """Dynamic min-max quantizer of activations.
+
+    Args:
+        bits: 4 or 8 (32 is off).
+        symmetric: codes in ±(2^(k-1) - 1), scale max|x| / (2^(k-1) - 1); otherwise 2^k - 1 steps between minimum and
+            maximum, codes shifted by 2^(k-1) into int8 and an offset beside the scale.
+        per_tensor: one range over the whole batch (the setting of the papers, in which a prediction depends on its
+            batch); otherwise one per token.
+    """
+
+    bits: int
+    symmetric: bool
+    per_tensor: bool
+
+    def __call__(self, x: Tensor, valid: Tensor | None = None, dims: tuple[int, ...] = (-1,)) -> Quantized:
+        """Quantize x over `dims`; positions where the boolean `valid` (broadcastable) is False never widen a range.
+
+        Codes come as float tensor of whole numbers, scale and offset with `dims` kept as 1.
+        """
+        x = x.float()
+        if self.per_tensor:
+            dims = tuple(range(x.dim()))
+        low, high = _masked_range(x, valid, dims, self.symmetric)
+        if self.symmetric:
+            levels = 2 ** (self.bits - 1) - 1
+            high = high.clamp_min(TINY)
+            codes = torch.round(x * (levels / high))
+            if valid is not None:
+                codes = codes.clamp(-levels, levels)
+            return Quantized(codes, high / levels)
+        levels, shift = 2**self.bits - 1, 2 ** (self.bits - 1)
+        width = (high - low).clamp_min(TINY)
+        codes = torch.round((x - low) * (levels / width)) - shift
+        if valid is not None:
+            codes = codes.clamp(-shift, levels - shift)
+        scale = width / levels
+        return Quantized(codes, scale, low + scale * shift)
+
+
+def _masked_range(
+    x: Tensor, valid: Tensor | None, dims: tuple[int, ...], symmetric: bool
+) -> tuple[Tensor | None, Tensor]:
+    """(minimum, maximum) over dims, or (None, largest magnitude); 0 where nothing is valid."""
+    if symmetric:
+        magnitude = x.abs()
+        return None, (magnitude if valid is None else magnitude * valid).amax(dims, keepdim=True)
+    if valid is None:
+        return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    low = x.masked_fill(~valid, torch.inf).amin(dims, keepdim=True)
+    high = x.masked_fill(~valid, -torch.inf).amax(dims, keepdim=True)
+    empty = torch.isinf(low)
+    return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
+
+
+class SoftmaxCodes(torch.autograd.Function):
+    """Softmax over the last dim whose result also comes as unsigned codes: (probabilities, codes, scale).
+
+    With e = exp(score - row maximum) the largest probability of a row has e = 1, so the per-token codes are
+    round(levels * e) and the scale 1 / (levels * sum e): masked scores get code 0, and neither padding nor the order of
+    a sum can move a code. Probabilities are never negative, so their lower bound is 0 in both min-max settings.
+    """
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        levels = 2**bits - 1
+        e = torch.exp(scores - scores.amax(-1, keepdim=True))
+        total = e.sum(-1, keepdim=True, dtype=torch.float64).to(e.dtype)
+        probabilities = e / total
+        if per_tensor:
+            rows = probabilities if valid is None else probabilities * valid
+            largest = rows.amax().view(1, 1, 1, 1).clamp_min(TINY)
+            codes, scale = torch.round(probabilities * (levels / largest)).clamp_max(levels), largest / levels
+        else:
+            codes, scale = torch.round(e * levels), 1 / (levels * total)
+        ctx.save_for_backward(probabilities)
+        ctx.mark_non_differentiable(codes, scale)
+        return probabilities, codes, scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_codes: Tensor, grad_scale: Tensor):  # noqa: ARG004
+        (probabilities,) = ctx.saved_tensors
+        product = probabilities * grad
+        return torch.addcmul(product, probabilities, product.sum(-1, keepdim=True), value=-1), None, None, None

@@ -1,0 +1,374 @@
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+
+from trainers import results as module
+from trainers.results import (
+    environment,
+    escape_markdown,
+    load_results,
+    plot_results,
+    plot_training,
+    published_drop,
+    read_results,
+    render_table,
+    variant_of,
+    write_atomic,
+    write_results,
+)
+
+
+DIGEST = "0123456789abcdef" * 4
+
+
+def make_results(task="sst2", variant="twn", seed=42, teacher=0.91, packed=0.90, quantizer="twn", **changes):
+    results = {
+        "schema": 1,
+        "run": f"{task}/{variant}/seed{seed}",
+        "recipe": {"stages": [{"quantization": {"bits": "2-2-8", "weight_quantizer": quantizer}}]},
+        "fingerprint": f"{task}-{variant}-{seed}",
+        "seed": seed,
+        "task": task,
+        "split": "validation",
+        "rows": 872,
+        "main_metric": "accuracy",
+        "teacher": {"model": "minilm", "metrics": {"accuracy": teacher}, "seed": 42, "bytes": 90_900_000},
+        "student": {"metrics": {"accuracy": packed}},
+        "packed": {
+            "metrics": {"accuracy": packed},
+            "bytes": 6_100_000,
+            "sha256": DIGEST,
+            "max_logit_difference": 0.0,
+        },
+        "data": {"train": {"rows": 67349, "sha256": DIGEST}, "validation": {"rows": 872, "sha256": DIGEST}},
+        "stages": [{"name": "distil", "steps": 10, "seconds": 1.5, "final_losses": {"loss_logits": 0.25}}],
+        "versions": {"torch": "2.13.0"},
+        "commit": "f" * 40,
+        "device": "cpu, 2 threads",
+        "seconds": 4.0,
+    }
+    return {**results, **changes}
+
+
+def replaced(results, field, value):
+    """Copy with the dotted field set, or removed when the value is `...`."""
+    results = copy.deepcopy(results)
+    *path, last = field.split(".")
+    node = results
+    for key in path:
+        node = node[int(key) if isinstance(node, list) else key]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return results
+
+
+def row(table, title):
+    """Cells of the row with that title, without the title."""
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {title} |")]
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_write_then_read_gives_the_same(tmp_path):
+    results = make_results()
+    write_results(tmp_path / "a" / "results.json", results)
+    assert read_results(tmp_path / "a" / "results.json") == results
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["results.json"]
+
+
+def test_fields_beyond_the_schema_are_kept_and_task_and_commit_may_be_null(tmp_path):
+    results = make_results(commit=None, note="x")
+    results["task"] = None
+    write_results(tmp_path / "r.json", results)
+    assert read_results(tmp_path / "r.json") == results
+
+
+@pytest.mark.parametrize(
+    "field", [*module.FIELDS, "teacher.bytes", "packed.sha256", "data.train.rows", "data.validation"]
+)
+def test_a_missing_field_is_named_with_its_file(tmp_path, field):
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(replaced(make_results(), field, ...)))
+    with pytest.raises(ValueError) as error:
+        read_results(path)
+    assert str(path) in str(error.value) and repr(field) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("schema", 2),
+        ("schema", "1"),
+        ("rows", 0),
+        ("rows", True),
+        ("seed", "42"),
+        ("seed", 42.0),
+        ("run", ""),
+        ("teacher", []),
+        ("teacher.metrics.accuracy", float("inf")),
+        ("student.metrics.accuracy", float("nan")),
+        ("packed.metrics.accuracy", "0.9"),
+        ("packed.metrics.accuracy", None),
+        ("packed.sha256", DIGEST.upper()),
+        ("stages", []),
+        ("stages.0.seconds", None),
+        ("stages.0.final_losses.loss_logits", float("nan")),
+        ("versions.torch", 2),
+    ],
+)
+def test_a_bad_value_is_named_and_not_written(tmp_path, field, value):
+    path = tmp_path / "results.json"
+    with pytest.raises(ValueError) as error:
+        write_results(path, replaced(make_results(), field, value))
+    assert str(path) in str(error.value) and field in str(error.value)
+    assert not path.exists()
+
+
+def test_main_metric_must_be_there_in_every_part():
+    for part in ("teacher", "student", "packed"):
+        with pytest.raises(ValueError, match=f"{part}.metrics.accuracy"):
+            module.validate_results(replaced(make_results(), f"{part}.metrics", {"f1": 0.5}), "x.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": NaN}', '{"seconds": -Infinity}', "[" * 100_000, "\xff"])
+def test_other_content_is_an_error_with_the_file(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="other.json"):
+        read_results(path)
+
+
+def test_a_number_too_large_for_a_float_is_not_finite(tmp_path):
+    path = tmp_path / "big.json"
+    path.write_text(json.dumps(make_results()).replace('"accuracy": 0.9}', '"accuracy": 1e999}'))
+    with pytest.raises(ValueError, match="student.metrics.accuracy.*finite"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, step, fail)
+    with pytest.raises(OSError):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_load_reads_results_json_below_a_folder_else_every_json(tmp_path):
+    write_results(tmp_path / "run" / "a" / "results.json", make_results())
+    (tmp_path / "run" / "a" / "config.json").write_text("{}")
+    write_results(tmp_path / "committed" / "sst2" / "seed43.json", make_results(seed=43))
+    loaded = load_results([tmp_path / "run", tmp_path / "committed"])
+    assert [run["seed"] for run in loaded] == [42, 43]
+
+
+def test_load_takes_a_copy_once_and_refuses_a_contradiction(tmp_path):
+    write_results(tmp_path / "a.json", make_results())
+    write_results(tmp_path / "b.json", make_results(seconds=9.0))
+    write_results(tmp_path / "c.json", make_results(packed=0.5))
+    assert len(load_results([tmp_path / "a.json", tmp_path / "b.json"])) == 1
+    with pytest.raises(ValueError, match="c.json.*a.json"):
+        load_results([tmp_path / "a.json", tmp_path / "c.json"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        load_results([tmp_path / "empty"])
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
+
+
+def test_commit_is_the_projects_own_and_says_dirty(tmp_path):
+    assert module._git_commit(tmp_path) is None
+    git(tmp_path, "init")
+    assert module._git_commit(tmp_path) is None  # no commit yet
+    (tmp_path / "file").write_text("1")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-m", "one")
+    commit = module._git_commit(tmp_path)
+    assert len(commit) == 40
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "run.json").write_text("{}")
+    assert module._git_commit(tmp_path) == commit
+    (tmp_path / "new").write_text("1")
+    assert module._git_commit(tmp_path) == f"{commit}-dirty"
+    # installed in a folder of somebody else's checkout
+    assert module._git_commit(tmp_path / "results") is None
+
+
+def test_environment_fits_the_schema():
+    module.validate_results(make_results(**environment()), "environment")
+    assert set(environment()) == {"versions", "device", "commit"}
+    assert {"torch", "transformers", "qbert-zoo"} <= set(environment()["versions"])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a | b", r"a \| b"),
+        ("<script>&", "&lt;script&gt;&amp;"),
+        ("{{ x }}{%", "&#123;&#123; x &#125;&#125;&#123;%"),
+        ("a\n---\nb\u2028c\x00", "a --- b c"),
+        ("--- a", r"\--- a"),
+        ("12. a", r"12\. a"),
+        ("3.5", r"3\.5"),
+        ("per_row _x_", r"per_row \_x\_"),
+        ("[a](b)", r"\[a\](b)"),
+        ("`\\", r"\`\\"),
+        ("# a", r"\# a"),
+    ],
+)
+def test_escape_markdown(text, expected):
+    assert escape_markdown(text) == expected
+
+
+def test_variant_is_the_name_without_task_and_seed():
+    assert variant_of(make_results(variant="twn")) == "twn"
+    assert variant_of(make_results(run="plain")) == "plain"
+    assert variant_of(make_results(run="sst2/seed42")) == "sst2/seed42"
+
+
+@pytest.mark.parametrize(
+    "task, quantizer, drop",
+    [
+        ("sst2", "twn", 0.3),
+        ("sst2", "lat", 0.6),
+        ("cola", "twn", 2.4),
+        ("cola", "lat", 3.8),
+        ("mrpc", "twn", -1.0),
+        ("stsb", "twn", 1.8),
+        ("stsb", "lat", 1.85),
+        ("rte", "lat", -1.1),
+        ("rotten_tomatoes", "twn", None),
+        ("sst2", "binary", None),
+    ],
+)
+def test_published_drop(task, quantizer, drop):
+    assert published_drop(make_results(task=task, quantizer=quantizer)) == drop
+
+
+def test_published_drop_needs_the_published_bits_and_the_last_stage():
+    results = make_results()
+    results["recipe"]["stages"].append({"quantization": {"bits": "8-8-8", "weight_quantizer": "twn"}})
+    assert published_drop(results) is None
+
+
+def test_table_has_mean_spread_seeds_and_drop_against_the_own_teacher():
+    results = [
+        make_results(seed=42, teacher=0.91, packed=0.90),
+        make_results(seed=43, teacher=0.92, packed=0.90),
+        make_results(seed=44, teacher=0.93, packed=0.93),
+        make_results(task="mrpc", teacher=0.85, packed=0.865),
+    ]
+    for run, seed in zip(results, (42, 43, 44, 42), strict=True):
+        run["teacher"]["seed"] = seed
+    table = render_table(results[::-1])
+    assert row(table, "") == ["SST-2 (accuracy)", "MRPC (accuracy)"]
+    assert row(table, "teacher") == ["92.00 ± 1.00 (seeds 3)", "85.00 (seeds 1)"]
+    assert row(table, "twn") == ["91.00 ± 1.73 (seeds 3)", "86.50 (seeds 1)"]
+    # MRPC gains 1.5 where the paper gains 1.0: not over
+    assert row(table, "twn: drop") == [
+        "1.00 ± 1.00 (seeds 3), paper 0.30, **0.70 over**",
+        "-1.50 (seeds 1), paper -1.00",
+    ]
+    assert "Seeds: 42, 43, 44." in table and "fffffff" in table and "SST-2 validation (872 rows)" in table
+
+
+def test_a_drop_equal_to_the_papers_is_not_over():
+    assert "over**" not in render_table([make_results(teacher=0.931, packed=0.928)]).split("\n\n")[0]
+
+
+def test_a_gain_smaller_than_the_papers_is_over():
+    table = render_table([make_results(task="rte", teacher=0.70, packed=0.71)])
+    assert row(table, "twn: drop") == ["-1.00 (seeds 1), paper -1.80, **0.80 over**"]
+
+
+def test_one_teacher_shared_by_runs_counts_once_and_missing_cells_are_dashes():
+    results = [make_results(seed=42), make_results(seed=43), make_results(task="cola", variant="lat", quantizer="lat")]
+    table = render_table(results)
+    assert row(table, "teacher") == ["91.00 (seeds 1)", "91.00 (seeds 1)"]
+    assert row(table, "twn")[1] == "–" and row(table, "lat: drop")[0] == "–"
+
+
+def test_different_teachers_get_rows_of_their_own():
+    other = make_results(variant="base", teacher=0.93)
+    other["teacher"]["model"] = "mpnet|x"
+    table = render_table([make_results(), other])
+    assert row(table, "teacher minilm") == ["91.00 (seeds 1)"]
+    assert r"| teacher mpnet\|x | 93.00 (seeds 1) |" in table
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("main_metric", "f1"), ("rows", 871), ("split", "train"), ("data.validation.sha256", DIGEST[::-1])],
+)
+def test_scores_that_do_not_compare_are_refused(field, value):
+    other = make_results(seed=43)
+    for part in ("teacher", "student", "packed"):
+        other[part]["metrics"]["f1"] = 0.5
+    with pytest.raises(ValueError, match="sst2/twn/seed42.*sst2/twn/seed43"):
+        render_table([make_results(), replaced(other, field, value)])
+
+
+def test_two_runs_of_one_name_and_no_runs_are_refused():
+    with pytest.raises(ValueError, match="sst2/twn/seed42"):
+        render_table([make_results(), make_results(fingerprint="other")])
+    with pytest.raises(ValueError, match="no results"):
+        render_table([])
+
+
+def log_history(steps=20):
+    history = []
+    for step in range(10, 10 * steps + 1, 10):
+        history.append({"loss": 3.0 / step, "loss_logits": 1.0 / step, "loss_hidden_states": 2 / step, "step": step})
+        if step % 50 == 0:
+            history.append({"eval_loss": 1.0, "eval_accuracy": 0.5 + step / 1000, "eval_runtime": 2.0, "step": step})
+    return [*history, {"train_runtime": 5.0, "train_loss": 1.0, "step": steps * 10}]
+
+
+def test_curves_are_the_terms_and_the_scores_only():
+    losses, scores = module._curves(log_history())
+    assert set(losses) == {"loss", "loss logits", "loss hidden states"} and set(scores) == {"accuracy"}
+    assert scores["accuracy"][50] == pytest.approx(55.0) and len(losses["loss"]) == 20
+
+
+def png_size(path):
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_one_panel_per_task_and_no_empty_ones(monkeypatch):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    monkeypatch.setattr(module, "_save_figure", lambda draw, _size, _path: draw(figure))
+    plot_results([make_results(task) for task in ("rte", "sst2", "mrpc", "other")], "unused.png")
+    assert [axis.get_title().splitlines()[0] for axis in figure.axes] == ["SST-2", "MRPC", "RTE", "other"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["teacher", "twn"]
+
+
+def test_figures_are_png_and_leave_the_backend_alone(tmp_path):
+    runs = [make_results(task, "a $\\x_", seed) for task in ("sst2", "mrpc", "rte") for seed in (1, 2)]
+    plot_results(runs, tmp_path / "scores.png")
+    wide, high = png_size(tmp_path / "scores.png")
+    assert wide > high > 300
+    plot_results(runs[:1], tmp_path / "one.png")
+    assert png_size(tmp_path / "one.png")[0] < wide
+    plot_training(log_history(), tmp_path / "training.png")
+    both = png_size(tmp_path / "training.png")[1]
+    plot_training([{"loss": 1.0, "step": 1}], tmp_path / "loss.png")
+    assert png_size(tmp_path / "loss.png")[1] < both
+    with pytest.raises(ValueError, match="log history"):
+        plot_training([], tmp_path / "none.png")
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()

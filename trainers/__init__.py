@@ -1,0 +1,1 @@
+"""How a low-bit model is made: recipes, data, metrics, distillation. Imports only public names of `modeling_qbert`."""

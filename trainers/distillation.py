@@ -1,0 +1,295 @@
+"""One distillation stage: a frozen teacher, a low-bit student and the targets of TernaryBERT, on the Trainer."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+import modeling_qbert  # noqa: F401  registers the attention that returns scores
+
+from .checkpointing import AtomicCheckpointMixin
+from .losses import attention_scores_loss, hidden_states_loss, logits_loss, span_logits_loss
+
+
+SCORES_ATTENTION = "qbert_scores"
+"""Attention of `modeling_qbert` that returns pre-softmax scores, for its own models and for plain ones."""
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """`TrainingArguments` plus the weights of the distillation terms; a weight of 0 switches a target off.
+
+    Args:
+        logits_weight: weight of the soft cross-entropy (regression: squared error) on the logits.
+        hidden_states_weight: weight of the squared error on the embedding output and every layer's output.
+        attention_scores_weight: weight of the squared error on every layer's pre-softmax attention scores.
+        temperature: divides the logits of both models before the softmax.
+        teacher_dropout: run the teacher in training mode. BinaryBERT and BiT do so on GLUE, TernaryBERT does not.
+        scale_refresh_steps: optimizer steps between two `update_scales` of a student with weight quantizer "lat".
+    """
+
+    logits_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the logits."})
+    hidden_states_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the hidden states."})
+    attention_scores_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on attention scores."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the softmax over the logits."})
+    teacher_dropout: bool = field(default=False, metadata={"help": "Keep the teacher's dropout active."})
+    scale_refresh_steps: int = field(default=1, metadata={"help": "Steps between updates of loss-aware scales."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log non-finite losses as they are."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        weights = {f"{target}_weight": weight for target, weight in self.target_weights.items()}
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name} must be finite and at least 0, got {weight}")
+        if not any(weights.values()):
+            raise ValueError(f"nothing to distil: {', '.join(weights)} are all 0")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature must be finite and above 0, got {self.temperature}")
+        if self.scale_refresh_steps < 1:
+            raise ValueError(f"scale_refresh_steps must be at least 1, got {self.scale_refresh_steps}")
+
+    @property
+    def target_weights(self) -> dict[str, float]:
+        """Weight of each target by its name."""
+        return {
+            "logits": self.logits_weight,
+            "hidden_states": self.hidden_states_weight,
+            "attention_scores": self.attention_scores_weight,
+        }
+
+
+class DistillationTrainer(AtomicCheckpointMixin, Trainer):
+    """Trains a student to give the same logits, hidden states and attention scores as a frozen teacher.
+
+    There is no term on the labels (TernaryBERT has none); they are used in evaluation only, which is the plain task
+    loss and metrics of the student, without the teacher. Every term is a mean over the sequences, real tokens or real
+    (query, key) pairs of the whole optimizer step, over all micro-batches and processes: gradient accumulation and
+    distributed data parallel runs give the gradients of one big batch, however it is padded.
+
+    Logs, beside the Trainer's `loss`, each term without its weight: `loss_logits`, `loss_hidden_states`,
+    `loss_attention_scores`. A non-finite term or gradient norm raises `FloatingPointError` before the optimizer step.
+
+    Args:
+        model: the student. A `transformers.PreTrainedModel` with a task head.
+        teacher: a model of the same head, vocabulary and, for the targets that need it, shape. It is moved to the
+            student's device, frozen, and belongs to the trainer from then on.
+        args: see `DistillationArguments`.
+        kwargs: `identity` of `AtomicCheckpointMixin`, and any further argument of `transformers.Trainer`.
+
+    Raises:
+        ValueError: teacher and student do not fit each other, naming the field.
+    """
+
+    # Terms are normalised over the whole optimizer step, the Trainer must not divide them again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments, **kwargs):
+        self._targets = {target: weight for target, weight in args.target_weights.items() if weight}
+        _check_fit(model, teacher, self._targets)
+        super().__init__(model=model, args=args, **kwargs)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError("distillation runs in one process or distributed data parallel, not DeepSpeed or FSDP")
+        # Transformers before `loss_is_scaled_for_ga` decides by this flag.
+        self.model_accepts_loss_kwargs = True
+
+        # A teacher prepared by an earlier trainer would keep that trainer's mixed precision. `unwrap_model` is no help:
+        # it also strips the decorators of Transformers' own forward.
+        if "_original_forward" in vars(teacher):
+            teacher.forward = vars(teacher).pop("_original_forward")
+        teacher._is_accelerate_prepared = False
+        self.teacher = teacher.requires_grad_(False).train(args.teacher_dropout)
+        self._teacher_forward = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+        self._window_terms = dict.fromkeys(self._targets, 0.0)
+        self._window_steps = 0
+        self._own_attention = model.config._attn_implementation
+        if getattr(model.config, "weight_quantizer", None) == "lat":
+            self.add_callback(_ScaleRefresh(self))
+
+    def train(self, *args: Any, **kwargs: Any):
+        """As `AtomicCheckpointMixin.train`; meanwhile both models return attention scores, if those are a target."""
+        with ExitStack() as stack:
+            if "attention_scores" in self._targets:
+                stack.enter_context(_attention(self.model, SCORES_ATTENTION))
+                stack.enter_context(_attention(self.teacher, SCORES_ATTENTION))
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        """As `Trainer.evaluation_loop`, with the student's own attention implementation also during training."""
+        with _attention(self.model, self._own_attention) if self.is_in_train else nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimizer step, and the counts its terms are divided by (see `_count_items`)."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counts = torch.stack([_count_items(batch) for batch in batches]).sum(0).to(device)
+        return batches, self._per_process(self.accelerator.reduce(counts, reduction="sum"))
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:  # noqa: ARG002
+        """None: evaluation reports the model's own mean, and training counts in `get_batch_samples`."""
+        return None
+
+    def _per_process(self, counts: Tensor) -> Tensor:
+        # Distributed data parallel averages gradients over processes where the sum is wanted.
+        return counts.clamp(min=1).float() / self.accelerator.num_processes
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ):
+        """Weighted sum of the requested terms in training, the student's own task loss in evaluation.
+
+        Args:
+            num_items_in_batch: (3,) sequences, real tokens and real pairs of the optimizer step, divided by the number
+                of processes; taken from `inputs` when None.
+        """
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        features = {name: value for name, value in inputs.items() if name not in self.label_names}
+        counts = self._per_process(_count_items(inputs)) if num_items_in_batch is None else num_items_in_batch
+        capture = {
+            "output_hidden_states": "hidden_states" in self._targets,
+            "output_attentions": "attention_scores" in self._targets,
+            "return_dict": True,
+        }
+        with torch.no_grad():
+            teacher = self._teacher_forward(**features, **capture)
+        student = model(**features, **capture)
+        terms = self._terms(student, teacher, _real_tokens(features), counts.unbind())
+        loss = sum(weight * terms[target] for target, weight in self._targets.items())
+        self._add_step_losses(**{f"loss_{target}": term.detach() for target, term in terms.items()})
+        return (loss, student) if return_outputs else loss
+
+    def _terms(self, student: Any, teacher: Any, mask: Tensor, counts: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        sequences, tokens, pairs = counts
+        terms = {}
+        if "logits" in self._targets:
+            temperature = self.args.temperature
+            if "start_logits" in student:
+                terms["logits"] = span_logits_loss(
+                    (student.start_logits, student.end_logits),
+                    (teacher.start_logits, teacher.end_logits),
+                    mask,
+                    temperature=temperature,
+                    count=tokens,
+                )
+            else:
+                logits = student.logits
+                regression = logits.shape[-1] == 1 or self.model.config.problem_type == "regression"
+                count = sequences if logits.dim() == 2 else tokens
+                terms["logits"] = logits_loss(
+                    logits, teacher.logits, mask, regression=regression, temperature=temperature, count=count
+                )
+        layers = self.model.config.num_hidden_layers
+        if "hidden_states" in self._targets:
+            _check_captured("hidden_states", layers + 1, student.hidden_states, teacher.hidden_states)
+            terms["hidden_states"] = hidden_states_loss(
+                student.hidden_states, teacher.hidden_states, mask, count=tokens
+            )
+        if "attention_scores" in self._targets:
+            _check_captured("attention_scores", layers, student.attentions, teacher.attentions)
+            terms["attention_scores"] = attention_scores_loss(
+                student.attentions, teacher.attentions, mask, count=pairs
+            )
+        return terms
+
+    def _on_step_losses(self, losses: dict[str, float]) -> None:
+        for target in self._targets:
+            self._window_terms[target] += losses[f"loss_{target}"]
+        self._window_steps += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; adds each term's mean over the steps since the last training log and over processes."""
+        if "loss" in logs and self._window_steps:
+            means = torch.tensor(list(self._window_terms.values()), device=self.args.device) / self._window_steps
+            means = self.accelerator.reduce(means, reduction="mean").tolist()
+            logs.update({f"loss_{target}": mean for target, mean in zip(self._targets, means, strict=True)})
+            self._window_terms = dict.fromkeys(self._targets, 0.0)
+            self._window_steps = 0
+        super().log(logs, start_time)
+
+    def refresh_scales(self) -> None:
+        """Gives the student's loss-aware quantizers Adam's second moments as curvature (Hou and Kwok, 2018).
+
+        The scales are buffers of the student: a resumed run finds them in its checkpoint, and must not refresh them
+        once more than an uninterrupted one.
+        """
+        state = self.optimizer.state
+        moments = {
+            name: state[parameter]["exp_avg_sq"]
+            for name, parameter in self.model.named_parameters()
+            if "exp_avg_sq" in state.get(parameter, {})
+        }
+        self.model.update_scales(moments)
+
+
+class _ScaleRefresh(TrainerCallback):
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        if state.global_step % args.scale_refresh_steps == 0:
+            self.trainer.refresh_scales()
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Switches a model's attention implementation for the time of a `with` block."""
+    previous = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(previous)
+
+
+def _real_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """Boolean mask (B, T) of real tokens; choices of a multiple choice batch (B, choices, T) become sequences."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        tokens = inputs["input_ids"]
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+    return mask.reshape(-1, mask.shape[-1]).bool()
+
+
+def _count_items(batch: Mapping[str, Any]) -> Tensor:
+    """(3,) int64: rows (sequences, or questions of a multiple choice batch), real tokens, real (query, key) pairs."""
+    lengths = _real_tokens(batch).sum(-1)
+    rows = lengths.new_tensor(batch["input_ids"].shape[0])
+    return torch.stack([rows, lengths.sum(), lengths.square().sum()])
+
+
+def _check_captured(target: str, expected: int, student: Any, teacher: Any) -> None:
+    for who, layers in (("student", student), ("teacher", teacher)):
+        found = 0 if layers is None else len(layers)
+        if found != expected:
+            raise ValueError(f"{target}: the {who} returned {found} layers to distil, expected {expected}")
+
+
+def _check_fit(student: PreTrainedModel, teacher: PreTrainedModel, targets: Mapping[str, float]) -> None:
+    if teacher is student:
+        raise ValueError("teacher and student are the same object: the student would learn from itself")
+    fields = ["vocab_size"]
+    if "logits" in targets:
+        fields.append("num_labels")
+        if "multi_label_classification" in (student.config.problem_type, teacher.config.problem_type):
+            raise ValueError('logits: problem_type "multi_label_classification" has no single softmax to distil')
+    if "hidden_states" in targets:
+        fields += ["num_hidden_layers", "hidden_size"]
+    if "attention_scores" in targets:
+        fields += ["num_hidden_layers", "num_attention_heads"]
+    for name in dict.fromkeys(fields):
+        ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
+        if ours != theirs:
+            raise ValueError(f"{name} differs: student {ours}, teacher {theirs}")

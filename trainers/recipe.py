@@ -1,0 +1,364 @@
+"""Recipe: everything a run depends on, as frozen dataclasses read from YAML.
+
+An unknown key, a wrong type or a value outside its choices is a `ValueError` that names the file, the field, what
+was expected and what was found. Overrides are dotted: `data.task=mrpc`, `stages.0.training.learning_rate=1e-4`; a
+field of a stage without `stages.N` (`quantization.bits=2-2-8`, `targets.logits=0`) applies to every stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RUNNER_FIELDS = ("output_dir", "seed")  # TrainingArguments fields the runner sets itself
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which rows to train and evaluate on.
+
+    `task` is a key of `trainers.data.TASKS` and gives columns, label names and metrics; without it `text` and `label`
+    name the columns of your own data. `path` is a Hub data set, or a local folder or file relative to the working
+    folder.
+    """
+
+    task: str | None = None
+    path: str = "nyu-mll/glue"
+    name: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    max_length: int = 128
+    train_split: str = "train"
+    eval_split: str = "validation"
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+
+    def __post_init__(self):
+        if self.task is None and (self.text is None or self.label is None):
+            raise ValueError(
+                "task: expected a task name, or the columns of your own data in both `text` and `label`; "
+                f"found task=None, text={self.text!r}, label={self.label!r}"
+            )
+        for key in ("path", "train_split", "eval_split"):
+            _require(bool(getattr(self, key)), key, "a non-empty string", getattr(self, key))
+        for key in ("max_length", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, key)
+            _require(value is None or value > 0, key, "a positive number", value)
+        _require(self.train_split != self.eval_split, "eval_split", "a split other than train_split", self.eval_split)
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """The model to imitate: fine-tuned already, or a pre-trained backbone to be fine-tuned with `fine_tune` first."""
+
+    model: str
+    fine_tune: dict[str, Any] | None = None
+    seed: int = 42
+
+    def __post_init__(self):
+        _require(bool(self.model), "model", "a Hub id or a local folder", self.model)
+        _check_seed(self.seed)
+        if self.fine_tune is not None:
+            object.__setattr__(self, "fine_tune", _training_arguments(self.fine_tune, "fine_tune"))
+
+
+@dataclass(frozen=True)
+class QuantizationSpec:
+    """The quantization fields of the student's config, same names and defaults.
+
+    `bits` is W-E-A: weights, word embedding, activations.
+    """
+
+    bits: str = "2-2-8"
+    weight_quantizer: Literal["twn", "lat"] = "twn"
+    weight_granularity: Literal["per_tensor", "per_row", "per_group"] = "per_tensor"
+    embedding_granularity: Literal["per_tensor", "per_row", "per_group"] = "per_row"
+    group_size: int = 64
+    activation_quantizer: Literal["symmetric", "asymmetric"] = "asymmetric"
+    activation_granularity: Literal["per_token", "per_tensor"] = "per_token"
+
+    def __post_init__(self):
+        _require(re.fullmatch(r"\d+-\d+-\d+", self.bits), "bits", "W-E-A such as '2-2-8'", self.bits)
+        _require(self.group_size > 0, "group_size", "a positive number", self.group_size)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Weights of the distillation terms; 0 switches a term off."""
+
+    logits: float = 1.0
+    hidden_states: float = 1.0
+    attention_scores: float = 1.0
+
+    def __post_init__(self):
+        weights = dataclasses.asdict(self)
+        for key, value in weights.items():
+            _require(math.isfinite(value) and value >= 0, key, "a finite weight of at least 0", value)
+        if not any(weights.values()):
+            raise ValueError(f"{', '.join(weights)}: expected at least one positive weight, found all 0")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run: where the student starts, how it is quantized, what it imitates and for how long.
+
+    `training` takes any field of `transformers.TrainingArguments` but output_dir and seed.
+    """
+
+    name: str = "distil"
+    init: Literal["teacher", "previous"] = "teacher"
+    quantization: QuantizationSpec = field(default_factory=QuantizationSpec)
+    targets: Targets = field(default_factory=Targets)
+    teacher_dropout: bool = False
+    temperature: float = 1.0
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_folder_name(self.name)
+        _require(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "above 0", self.temperature)
+        object.__setattr__(self, "training", _training_arguments(self.training, "training"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Ordered stages from a full-precision checkpoint to a packed one."""
+
+    name: str
+    family: str = "ternary"
+    data: DataSpec
+    teacher: TeacherSpec
+    stages: tuple[Stage, ...]
+    packing: Literal["2bit", "dense"] = "2bit"
+    seed: int = 42
+
+    def __post_init__(self):
+        _check_folder_name(self.name)
+        _check_seed(self.seed)
+        _require(len(self.stages) > 0, "stages", "at least one stage", "none")
+        names = [stage.name for stage in self.stages]
+        _require(len(set(names)) == len(names), "stages", "a different name for every stage", names)
+        _require(self.stages[0].init == "teacher", "stages.0.init", "'teacher', no stage precedes it", "previous")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Builds and checks a recipe from plain values. Raises `ValueError` naming the field."""
+        return _build(cls, values, "")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Reads a recipe file and applies dotted `key=value` overrides. Raises `ValueError` naming file and field."""
+        try:
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+            _require(isinstance(values, dict), "top level", "a mapping", type(values).__name__)
+            for override in overrides:
+                _override(values, override)
+            return cls.from_dict(values)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: expected a recipe file, found none there") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: expected a readable YAML recipe, found: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of every field, in the order of the fields; `from_dict` gives an equal recipe back."""
+        values = dataclasses.asdict(self)
+        values["stages"] = list(values["stages"])
+        return values
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML text, defaults included."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def portable(self) -> dict[str, Any]:
+        """`to_dict` without what differs between machines: no data.path, of teacher.model only the last component."""
+        values = self.to_dict()
+        del values["data"]["path"]
+        values["teacher"]["model"] = re.split(r"[/\\]", self.teacher.model.rstrip("/\\"))[-1]
+        return values
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical JSON of `portable()`: equal recipes have equal fingerprints on every machine."""
+        text = json.dumps(self.portable(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _require(condition: Any, name: str, expected: str, found: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, found {found!r}")
+
+
+def _check_folder_name(name: str) -> None:
+    _require(FOLDER_NAME.fullmatch(name), "name", "a folder name of letters, digits, '.', '_' and '-'", name)
+
+
+def _check_seed(seed: int) -> None:
+    _require(0 <= seed < 2**32, "seed", "0 to 2**32 - 1 (numpy's range)", seed)
+
+
+def _unknown_key(key: str, known: Sequence[str], where: str) -> ValueError:
+    nearest = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+    return ValueError(f"{_join(where, key)}: unknown key; {hint}")
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    """Dataclass `cls` from a mapping; `where` is the dotted path for error messages."""
+    _require(isinstance(values, Mapping), where or "recipe", "a mapping", values)
+    known = [item.name for item in fields(cls)]
+    for key in values:
+        if key not in known:
+            raise _unknown_key(str(key), known, where)
+    for item in fields(cls):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        _require(item.name in values or not required, _join(where, item.name), "a value", "nothing")
+    arguments = {key: _convert(value, _hints(cls)[key], _join(where, key)) for key, value in values.items()}
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(_join(where, str(error))) from error
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as type `hint`: dataclass, tuple of them, union, Literal, dict, list, or a plain type.
+
+    Integers are accepted where a float is expected, and so are strings such as "2e-5", which YAML 1.1 reads as text.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), where, "a list", value)
+        return tuple(_convert(item, arguments[0], f"{where}.{i}") for i, item in enumerate(value))
+    if origin is Literal:
+        _require(value in arguments, where, f"one of {', '.join(map(repr, arguments))}", value)
+        return value
+    if origin in (types.UnionType, typing.Union):
+        # float last: a union that also takes text or a flag must not turn it into a number
+        for option in sorted(arguments, key=lambda option: option is float):
+            try:
+                return _convert(value, option, where)
+            except ValueError:
+                continue
+        raise ValueError(f"{where}: expected {_describe(hint)}, found {_found(value)}")
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{where}: expected a number, found {_found(value)}") from None
+        _require(math.isfinite(number), where, "a finite number", value)
+        return number
+    kind = origin or hint
+    if isinstance(kind, type) and isinstance(value, kind) and not (isinstance(value, bool) and kind is int):
+        return value
+    raise ValueError(f"{where}: expected {_describe(hint)}, found {_found(value)}")
+
+
+def _describe(hint: Any) -> str:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    names = [option.__name__ if isinstance(option, type) else str(option) for option in options]
+    return " or ".join("null" if name == "NoneType" else name for name in names)
+
+
+def _found(value: Any) -> str:
+    hint = " (YAML reads yes, no, on, off as flags: quote the word)" if isinstance(value, bool) else ""
+    return f"{type(value).__name__} {value!r}{hint}"
+
+
+def _training_arguments(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Checks names and types against the fields of `TrainingArguments`; numbers become the field's type, so that
+    `num_train_epochs: 3` and `3.0` are the same recipe."""
+    from transformers import TrainingArguments  # imported late: it takes seconds, `qbert --help` must not
+
+    hints = _hints(TrainingArguments)
+    known = [item.name for item in fields(TrainingArguments) if item.init and item.name not in RUNNER_FIELDS]
+    checked = {}
+    for key, value in values.items():
+        where = _join(name, str(key))
+        if key in RUNNER_FIELDS:
+            raise ValueError(f"{where}: the runner sets it; expected the recipe's own `seed` or output folder instead")
+        if key not in known:
+            raise _unknown_key(str(key), known, name)
+        checked[key] = _convert(value.value if isinstance(value, enum.Enum) else value, hints[key], where)
+        for option in typing.get_args(hints[key]):
+            if isinstance(option, type) and issubclass(option, enum.Enum):
+                choices = [member.value for member in option]
+                _require(checked[key] in choices, where, f"one of {', '.join(map(repr, choices))}", value)
+    return checked
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Sets one dotted `key=value` in place; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    _require(equals and all(path), f"override {override!r}", "key=value with a dotted key", override)
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: expected a YAML value, found: {error}") from error
+    if path[0] in _hints(Stage) and path[0] not in _hints(Recipe):
+        stages = values.get("stages")
+        _require(isinstance(stages, list) and stages, f"override {override!r}", "a recipe with stages", stages)
+        for index in range(len(stages)):
+            _assign(values, ["stages", str(index), *path], value, override)
+    else:
+        _assign(values, path, value, override)
+
+
+def _assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
+    for depth, key in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(node, list):
+            valid = key.isdecimal() and int(key) < len(node)
+            _require(valid, f"override {override!r}", f"an index below {len(node)}", key)
+            key = int(key)
+        else:
+            found = f"{'.'.join(path[:depth])} = {node!r}"
+            _require(isinstance(node, dict), f"override {override!r}", "a field that holds others", found)
+        if last:
+            node[key] = value
+        elif isinstance(node, list):
+            node = node[key]
+        else:
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML would keep the last one silently."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,313 @@
+"""A recipe from beginning to end: teacher, stages, pack, proof in a fresh process, results and card. Resumable."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.numpy import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import modeling_qbert  # noqa: F401 (registers the packed families)
+
+from .card import write_card
+from .checkpointing import AtomicCheckpointMixin, folder_lock, newest_complete_checkpoint
+from .data import Task, data_identity, label_config, load_data, task_of, tokenize
+from .distillation import DistillationArguments, DistillationTrainer
+from .initialization import initial_student, load_teacher, resolve_model, student_config
+from .metrics import compute_metrics_for, score
+from .recipe import DataSpec, Recipe, Stage
+from .results import RESULTS_NAME, environment, plot_training, read_results, write_atomic, write_results
+
+
+DONE = "DONE.json"  # written last into a finished teacher or stage folder
+SENTENCE_TEACHER = (
+    "The backbone was tuned on sentence pairs that include SNLI and MultiNLI, Quora duplicates and SQuAD questions."
+)
+
+
+class FineTuningTrainer(AtomicCheckpointMixin, Trainer):
+    """The plain Trainer on labels, with checkpoints that survive a kill."""
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, batch_size: int = 32
+) -> np.ndarray:
+    """Logits (rows, classes), float32, in the order of the tokenized data set; batches are of similar length."""
+    collate = DataCollatorWithPadding(tokenizer)
+    rows = dataset.remove_columns("labels") if "labels" in dataset.column_names else dataset
+    order = np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable")
+    model.eval()
+    logits = {}
+    for start in tqdm(range(0, len(order), batch_size), desc="evaluate", leave=False):
+        batch_rows = order[start : start + batch_size].tolist()
+        batch = collate([rows[row] for row in batch_rows]).to(model.device)
+        logits.update(zip(batch_rows, model(**batch).logits.float().cpu().numpy()))
+    return np.stack([logits[row] for row in range(len(order))])
+
+
+def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
+    """Class indices (rows,), or scores for regression."""
+    return logits[:, 0] if task.kind == "regression" else logits.argmax(-1)
+
+
+def evaluate_checkpoint(folder: str, spec: DataSpec, logits_file: str | None = None) -> dict[str, float]:
+    """Scores of a saved checkpoint, latent or packed, on the evaluation split; optionally keeps its logits."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = load_data(spec, [spec.eval_split])[spec.eval_split]
+    logits = predict(model, tokenizer, tokenize(data, tokenizer, spec, model.config))
+    if logits_file:
+        save_file({"logits": logits}, logits_file)
+    task = task_of(spec, data)
+    return score(task, predictions(task, logits), data["label"][:])
+
+
+def run_recipe(recipe: Recipe, output: str | Path, teachers: str | Path | None = None) -> dict:
+    """Run a recipe in the folder `output` and return its results (`trainers.results`).
+
+    What is finished is not done again: the same call continues after an interruption, and ends in the same weights.
+
+    Args:
+        teachers: folder in which fine-tuned teachers are kept and shared between runs; default `output`/teachers.
+
+    Raises:
+        ValueError: recipe, data or models do not fit each other, or `output` holds another recipe's run.
+    """
+    output = Path(output)
+    with folder_lock(output):
+        finished = output / RESULTS_NAME
+        _check_recipe(recipe, output)
+        if finished.exists():
+            return read_results(finished)
+        return _Run(recipe, output, Path(teachers or output / "teachers")).execute()
+
+
+def _check_recipe(recipe: Recipe, output: Path) -> None:
+    """The folder's own copy of the recipe must be this recipe; a new folder gets it."""
+    path = output / "recipe.yaml"
+    if path.exists():
+        found = Recipe.from_yaml(path)
+        if found.fingerprint() != recipe.fingerprint():
+            raise ValueError(f"{path}: holds another recipe than the one given; choose another output folder")
+    else:
+        write_atomic(path, recipe.to_yaml().encode())
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, output: Path, teachers: Path):
+        self.recipe, self.output, self.started = recipe, output, time.time()
+        spec = recipe.data
+        self.data = load_data(spec)
+        self.labels = label_config(self.data)
+        self.task = task_of(spec, self.data)
+        for stage in recipe.stages:  # fail before anything is trained
+            student_config(recipe, stage, recipe.teacher.model, self.labels)
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.teacher.model))
+        # Some checkpoints lack it, and an unbounded tokenizer then overflows the position table.
+        self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, spec.max_length)
+        self.tokenized = tokenize(self.data, self.tokenizer, spec)
+        self.identity = {name: data_identity(rows) for name, rows in self.data.items()}
+        key = {"teacher": recipe.portable()["teacher"], "data": recipe.portable()["data"], "rows": self.identity}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+        self.teacher_folder = teachers / f"{spec.task or 'own'}-{digest}"
+
+    def execute(self) -> dict:
+        teacher = self._teacher()
+        stages, previous = [], self.teacher_path
+        for index, stage in enumerate(self.recipe.stages):
+            previous, record = self._stage(index, stage, previous, teacher)
+            stages.append(record)
+        model_class, _ = student_config(self.recipe, self.recipe.stages[-1], previous, self.labels)
+        student = model_class.from_pretrained(previous)
+        student_logits = predict(student, self.tokenizer, self.tokenized[self.recipe.data.eval_split])
+        packed_folder = self.output / "packed"
+        student.pack(self.recipe.packing).save_pretrained(packed_folder)
+        self.tokenizer.save_pretrained(packed_folder)
+        return self._finish(stages, student_logits, packed_folder)
+
+    @property
+    def teacher_path(self) -> str:
+        if self.recipe.teacher.fine_tune is None:
+            return resolve_model(self.recipe.teacher.model)
+        return str(self.teacher_folder / "model")
+
+    def _teacher(self) -> PreTrainedModel:
+        spec = self.recipe.teacher
+        training_folder = self.teacher_folder / "training"
+        with _wait_for_lock(self.teacher_folder):
+            if spec.fine_tune is not None and not (self.teacher_folder / DONE).exists():
+                set_seed(spec.seed)
+                model = load_teacher(spec.model, self.labels)
+                trainer = FineTuningTrainer(
+                    model=model,
+                    args=TrainingArguments(**self._arguments(training_folder, spec.fine_tune, spec.seed)),
+                    **self._common({"teacher": self.recipe.portable()["teacher"], "data": self.identity}),
+                )
+                self._train(trainer, training_folder, "teacher")
+                trainer.model.save_pretrained(self.teacher_path)
+                self.tokenizer.save_pretrained(self.teacher_path)
+            teacher = load_teacher(self.teacher_path)
+            if not (self.teacher_folder / DONE).exists():
+                metrics = self._score(predict(teacher, self.tokenizer, self.tokenized[self.recipe.data.eval_split]))
+                _write_json(self.teacher_folder / DONE, {"metrics": metrics})
+        return teacher
+
+    def _stage(self, index: int, stage: Stage, previous: str, teacher: PreTrainedModel) -> tuple[str, dict]:
+        folder = self.output / f"stage-{index}-{stage.name}"
+        model_folder = folder / "model"
+        if not (folder / DONE).exists():
+            set_seed(self.recipe.seed)
+            start = self.teacher_path if stage.init == "teacher" else previous
+            args = DistillationArguments(
+                logits_weight=stage.targets.logits,
+                hidden_states_weight=stage.targets.hidden_states,
+                attention_scores_weight=stage.targets.attention_scores,
+                temperature=stage.temperature,
+                teacher_dropout=stage.teacher_dropout,
+                **self._arguments(folder, stage.training, self.recipe.seed),
+            )
+            trainer = DistillationTrainer(
+                model=initial_student(self.recipe, stage, start, self.labels),
+                teacher=teacher,
+                args=args,
+                **self._common({"recipe": self.recipe.portable(), "stage": index, "data": self.identity}),
+            )
+            record = self._train(trainer, folder, stage.name)
+            trainer.model.save_pretrained(model_folder)
+            _write_json(folder / DONE, record)
+        return str(model_folder), json.loads((folder / DONE).read_text())
+
+    def _arguments(self, folder: Path, training: dict, seed: int) -> dict:
+        defaults = {
+            "report_to": "none",
+            "save_total_limit": 2,
+            "save_strategy": "epoch",
+            "eval_strategy": "epoch",
+            "use_cpu": not torch.cuda.is_available(),  # bf16 on a CPU must be asked for by name
+        }
+        return defaults | training | {"output_dir": str(folder), "seed": seed}
+
+    def _common(self, identity: dict) -> dict:
+        return {
+            "train_dataset": self.tokenized[self.recipe.data.train_split],
+            "eval_dataset": self.tokenized[self.recipe.data.eval_split],
+            "processing_class": self.tokenizer,
+            "compute_metrics": compute_metrics_for(self.task),
+            "identity": identity,
+        }
+
+    def _train(self, trainer: Trainer, folder: Path, name: str) -> dict:
+        resume = newest_complete_checkpoint(folder) is not None
+        started = time.time()
+        trainer.train(resume_from_checkpoint=True if resume else None)
+        history = trainer.state.log_history
+        write_atomic(folder / "log.json", json.dumps(history, indent=1).encode())
+        plot_training(history, folder / "training.png")
+        losses = next((entry for entry in reversed(history) if "loss" in entry), {})
+        return {
+            "name": name,
+            "steps": trainer.state.global_step,
+            "seconds": time.time() - started,
+            "final_losses": {key: value for key, value in losses.items() if key.startswith("loss")},
+        }
+
+    def _score(self, logits: np.ndarray) -> dict[str, float]:
+        return score(self.task, predictions(self.task, logits), self.data[self.recipe.data.eval_split]["label"][:])
+
+    def _finish(self, stages: list[dict], student_logits: np.ndarray, packed_folder: Path) -> dict:
+        recipe = self.recipe
+        weights = packed_folder / "model.safetensors"
+        packed_metrics, packed_logits = _evaluate_in_fresh_process(packed_folder, recipe.data)
+        difference = float(np.abs(packed_logits - student_logits).max())
+        if difference > 1e-4:
+            raise RuntimeError(f"{weights}: packed logits differ from the fake-quant student's by {difference:.2e}")
+        teacher_weights = Path(self.teacher_path) / "model.safetensors"
+        results = {
+            "schema": 1,
+            "run": recipe.name,
+            "recipe": recipe.portable(),
+            "fingerprint": recipe.fingerprint(),
+            "seed": recipe.seed,
+            "task": recipe.data.task,
+            "split": recipe.data.eval_split,
+            "rows": len(student_logits),
+            "main_metric": self.task.main_metric,
+            "teacher": {
+                "model": recipe.portable()["teacher"]["model"],
+                "metrics": json.loads((self.teacher_folder / DONE).read_text())["metrics"],
+                "seed": recipe.teacher.seed,
+                "bytes": teacher_weights.stat().st_size,
+            },
+            "student": {"metrics": self._score(student_logits)},
+            "packed": {
+                "metrics": packed_metrics,
+                "bytes": weights.stat().st_size,
+                "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+                "max_logit_difference": difference,
+            },
+            "data": self.identity,
+            "stages": stages,
+            "seconds": time.time() - self.started,
+            **environment(),
+        }
+        write_results(packed_folder / RESULTS_NAME, results)
+        write_card(packed_folder, results, base_model=recipe.teacher.model, limitations=SENTENCE_TEACHER)
+        write_results(self.output / RESULTS_NAME, results)
+        return results
+
+
+def _evaluate_in_fresh_process(folder: Path, spec: DataSpec) -> tuple[dict[str, float], np.ndarray]:
+    """Scores and logits of a packed checkpoint as another process, which never saw the training, loads it."""
+    logits_file = folder.parent / "packed-logits.safetensors"
+    spec_json = json.dumps(vars(spec))
+    command = [sys.executable, "-m", "trainers.run", str(folder), spec_json, str(logits_file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{folder}: evaluation in a fresh process failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1]), load_file(logits_file)["logits"]
+
+
+@contextmanager
+def _wait_for_lock(folder: Path) -> Iterator[None]:
+    """`folder_lock`, waiting while another run of a sweep makes the same teacher."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(folder_lock(folder))
+                break
+            except RuntimeError as error:
+                print(f"waiting: {error}", file=sys.stderr)
+                time.sleep(10)
+        yield
+
+
+def _write_json(path: Path, value: dict) -> None:
+    write_atomic(path, json.dumps(value, indent=1).encode())
+
+
+def main(arguments: Sequence[str]) -> None:
+    folder, spec_json, logits_file = arguments
+    print(json.dumps(evaluate_checkpoint(folder, DataSpec(**json.loads(spec_json)), logits_file)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
