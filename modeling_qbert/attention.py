@@ -18,7 +18,7 @@ from .ops import quantized_matmul
 from .quantizers import ActivationQuantizer, Quantized, SoftmaxCodes
 
 
-MASKED = -1e30  # an additive mask below this hides a key: masks hold 0 or the least number of their float type
+MASKED = -1e3  # an additive mask below this hides a key: masks hold 0 and -10,000 or the least number of their type
 
 
 def _transposed(x: Quantized) -> Quantized:
@@ -57,9 +57,11 @@ def quantized_attention(
     else:
         token_is_real = None  # (B, 1, T, 1): tokens that some query may attend to
         if attention_mask is not None:
+            attention_mask = attention_mask.float().clamp_min(torch.finfo(torch.float32).min)
             token_is_real = (attention_mask > MASKED).any(-2).unsqueeze(-1)
             token_is_real = token_is_real.any(1, keepdim=True)
         rows_are_real = token_is_real if quantizer.per_tensor else None
+        dtype = query.dtype
         query, key, value = query.float(), key.float(), value.float()
         query_codes, key_codes = quantizer(query, rows_are_real), quantizer(key, rows_are_real)
         value_codes = quantizer(value, token_is_real, dims=(-2, -1))
@@ -70,7 +72,7 @@ def quantized_attention(
         if dropout and module.training:
             kept = torch.bernoulli(torch.full_like(codes, 1 - dropout))
             probabilities, codes, scale = probabilities * kept / (1 - dropout), codes * kept, scale / (1 - dropout)
-        context = quantized_matmul(probabilities, value, Quantized(codes, scale), value_codes)
+        context = quantized_matmul(probabilities, value, Quantized(codes, scale), value_codes).to(dtype)
     return context.transpose(1, 2).contiguous(), scores if return_scores else probabilities
 
 

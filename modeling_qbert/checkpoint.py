@@ -93,6 +93,10 @@ def file_metadata(
     digests = {}
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(f"tensor {name!r} must have a dtype of {sorted(_ITEM_SIZE)} to be saved, found {tensor.dtype}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"tensor {name!r} holds NaN or infinite values and is not saved")
         data = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
         digests[name] = digest(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data)
     return {
@@ -200,7 +204,7 @@ def _check_metadata(file: PackedFile) -> None:
         raise file.fail(f"header metadata lacks {missing}; this is not a packed checkpoint of this package")
     version = file.metadata["qbert_format_version"]
     if version != str(FORMAT_VERSION):
-        raise file.fail(f"format version {version!r} is not {FORMAT_VERSION}, the one that this package reads; update qbert-zoo")
+        raise file.fail(f"format version {version!r} is not {FORMAT_VERSION}, which this package reads; update qbert-zoo")
     if file.metadata["qbert_packing"] not in PACKINGS:
         raise file.fail(f"packing {file.metadata['qbert_packing']!r} is not one of {PACKINGS}")
 
@@ -229,11 +233,17 @@ def check_tensors(file: PackedFile, expected: Mapping[str, Expected]) -> None:
         tensor, want = file.tensor(name), expected.get(name)
         if want is not None and want.packing and (invalid := find_invalid_code(tensor, want.columns, want.packing)):
             row, column, count = invalid
-            raise file.fail(f"tensor {name!r} holds {count} values outside the {want.packing} alphabet, first at row {row}, column {column}")
+            raise file.fail(
+                f"tensor {name!r} holds {count} values outside the {want.packing} alphabet, first at row {row}, "
+                f"column {column}"
+            )
         if record.dtype != "U8" and not bool(torch.isfinite(tensor).all()):
             raise file.fail(f"tensor {name!r} holds NaN or infinite values")
         if want is not None and want.is_scale and not bool(((tensor > 0) & (tensor < MAX_SCALE)).all()):
-            raise file.fail(f"tensor {name!r} must hold scales in (0, {MAX_SCALE:g}), found {float(tensor.min()):g} to {float(tensor.max()):g}")
+            raise file.fail(
+                f"tensor {name!r} must hold scales in (0, {MAX_SCALE:g}), found {float(tensor.min()):g} to "
+                f"{float(tensor.max()):g}"
+            )
 
 
 def check_config(file: PackedFile, compute_fields: dict[str, Any], ignore: frozenset[str] = frozenset()) -> None:
@@ -242,4 +252,6 @@ def check_config(file: PackedFile, compute_fields: dict[str, Any], ignore: froze
     found = json.loads(json.dumps(compute_fields))
     for name in sorted(set(saved) | set(found)):
         if name not in ignore and saved.get(name) != found.get(name):
-            raise file.fail(f"was saved with config field {name!r} = {saved.get(name)!r}, config.json says {found.get(name)!r}")
+            raise file.fail(
+                f"was saved with config field {name!r} = {saved.get(name)!r}, config.json says {found.get(name)!r}"
+            )

@@ -3,13 +3,15 @@
 Shapes: O out rows, I in columns, V vocabulary, C embedding width, G groups.
 """
 
+import threading
+import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops import dequantize_weight, quantized_linear
+from .ops import dequantize_weight, has_fast_int8, quantized_linear, sum_codes
 from .packing import pack_codes, packed_columns, unpack_codes
 from .quantizers import (
     WEIGHT_QUANTIZERS,
@@ -106,7 +108,18 @@ class QuantLinear(_LatentMixin, nn.Linear):
         return self.source[0].quantize_weight() if self.source else super().quantize_weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(self, x, self.weight, self.quantize_weight(), self.token_mask)
+        return _linear(self, x, self.weight, self.quantize_weight())
+
+
+def check_ids(input_ids: Tensor, rows: int) -> None:
+    """Clear error for ids that an embedding of `rows` rows has not; a device other than CPU is not made to wait for it."""
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be int64 or int32, found {input_ids.dtype}")
+    if input_ids.device.type != "cpu" or not input_ids.numel() or torch.compiler.is_compiling():
+        return
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= rows:
+        raise ValueError(f"input_ids must be in [0, {rows - 1}] (vocab_size {rows}), found {low if low < 0 else high}")
 
 
 class QuantEmbedding(_LatentMixin, nn.Embedding):
@@ -120,6 +133,7 @@ class QuantEmbedding(_LatentMixin, nn.Embedding):
         self._init_spec(spec, embedding.weight.device)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        check_ids(input_ids, self.num_embeddings)
         latent = super().forward(input_ids)
         if self.spec.granularity == "per_tensor":
             rows = F.embedding(input_ids, dequantize_weight(self.quantize_weight(), self.spec.group_size))
@@ -131,22 +145,45 @@ class QuantEmbedding(_LatentMixin, nn.Embedding):
 
 
 def _linear(
-    layer: "QuantLinear | PackedLinear", x: Tensor, latent: Tensor | None, weight: Quantized, mask: Tensor | None
+    layer: "QuantLinear | PackedLinear",
+    x: Tensor,
+    latent: Tensor | None,
+    weight: Quantized,
+    code_sums: Tensor | None = None,
 ) -> Tensor:
     spec = layer.spec
     if layer.activation is None:
         value = dequantize_weight(weight, spec.group_size)
-        return F.linear(x, value if latent is None else StraightThrough.apply(latent, value).to(x.dtype), layer.bias)
-    with torch.no_grad():
-        valid = mask.unsqueeze(-1) if mask is not None and mask.shape == x.shape[:-1] else None
-        codes, scale, offset = layer.activation(x, valid)
-        activation = Quantized(
-            codes.to(torch.int8).flatten(0, -2),
-            scale.reshape(-1, 1),
-            None if offset is None else offset.reshape(-1, 1),
-        )
-    y = quantized_linear(x.flatten(0, -2), latent, layer.bias, activation, weight, spec.bound, spec.group_size)
-    return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+        value = value if latent is None else StraightThrough.apply(latent, value)
+        return F.linear(x, value.to(x.dtype), layer.bias)
+    activation = _quantize_input(x, layer.activation, layer.token_mask)
+    rows = x.reshape(-1, x.shape[-1])
+    y = quantized_linear(rows, latent, layer.bias, activation, weight, spec.bound, spec.group_size, code_sums)
+    return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+
+
+_last_input = threading.local()  # query, key and value read one tensor: it is quantized once
+
+
+@torch.no_grad()
+def _quantize_input(x: Tensor, quantizer: ActivationQuantizer, token_mask: Tensor | None) -> Quantized:
+    """int8 codes (N, I) of x (..., I), scale and offset (N, 1) or (1, 1)."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        key = (quantizer, x._version if not x.is_inference() else None, id(token_mask))
+        previous, previous_key, quantized = getattr(_last_input, "value", (None, None, None))
+        if previous is not None and previous() is x and previous_key == key and key[1] is not None:
+            return quantized
+    valid = token_mask.unsqueeze(-1) if token_mask is not None and token_mask.shape == x.shape[:-1] else None
+    codes, scale, offset = quantizer(x, valid)
+    quantized = Quantized(
+        codes.to(torch.int8).view(-1, x.shape[-1]),
+        scale.view(-1, 1),
+        None if offset is None else offset.view(-1, 1),
+    )
+    if not compiling:
+        _last_input.value = (weakref.ref(x), key, quantized)
+    return quantized
 
 
 class _PackedMixin:
@@ -168,7 +205,7 @@ class _PackedMixin:
     def load_quantized(self, quantized: Quantized) -> None:
         """Take codes (O, I) and scale as this layer's state."""
         self.weight = pack_codes(quantized.codes, self.packing)
-        self.weight_scale = quantized.scale.detach().clone()
+        self.weight_scale = quantized.scale.detach().float().clone()
 
     def quantize_weight(self) -> Quantized:
         """Codes int8 (O, I) and scale, as `quantize_weight` of the latent layer gave them."""
@@ -209,16 +246,21 @@ class PackedLinear(_PackedMixin, nn.Module):
         self.activation, self.token_mask, self._codes = activation, None, None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(self, x, None, self._runtime_weight(), self.token_mask)
+        weight, code_sums = self._runtime_weight()
+        return _linear(self, x, None, weight, code_sums)
 
-    def _runtime_weight(self) -> Quantized:
-        """int8 codes are kept after the first use (a quarter of fp32); float products unpack at every use instead."""
+    def _runtime_weight(self) -> tuple[Quantized, Tensor | None]:
+        """Codes, scale and sums of codes. int8 codes (a quarter of fp32) and their sums are kept after the first use
+        where an integer product uses them; otherwise every use unpacks."""
         if self._codes is not None:
-            return Quantized(self._codes, (self.source[0] if self.source else self).weight_scale)
+            codes, sums = self._codes
+            return Quantized(codes, (self.source[0] if self.source else self).weight_scale), sums
         weight = self.quantize_weight()
-        if self.activation is not None and not torch.compiler.is_compiling():
-            self._codes = weight.codes
-        return weight
+        if self.activation is None or torch.compiler.is_compiling():
+            return weight, None
+        if has_fast_int8(weight.codes.device):
+            self._codes = (weight.codes, sum_codes(weight, self.spec.bound, self.spec.group_size))
+        return weight, None
 
     def quantize_weight(self) -> Quantized:
         return self.source[0].quantize_weight() if self.source else super().quantize_weight()
@@ -230,6 +272,10 @@ class PackedLinear(_PackedMixin, nn.Module):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_codes": None}
 
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._codes = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def load_quantized(self, quantized: Quantized) -> None:
         super().load_quantized(quantized)
         self._codes = None
@@ -239,7 +285,7 @@ class PackedLinear(_PackedMixin, nn.Module):
 
 
 class PackedEmbedding(_PackedMixin, nn.Module):
-    """Embedding of packed codes; only the rows looked up are unpacked."""
+    """Embedding of packed codes; only the rows looked up are unpacked. It answers in `dtype`, which a cast changes."""
 
     def __init__(
         self,
@@ -249,16 +295,24 @@ class PackedEmbedding(_PackedMixin, nn.Module):
         packing: str,
         padding_idx: int | None = None,
         device=None,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
+        self.dtype = dtype
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self._init_packed(num_embeddings, embedding_dim, spec, packing, device)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        check_ids(input_ids, self.num_embeddings)
         rows = input_ids.flatten()
         scale = self.weight_scale if self.weight_scale.shape[0] == 1 else self.weight_scale[rows]
         codes = unpack_codes(self.weight[rows], self.columns, self.packing)
-        return dequantize_weight(Quantized(codes, scale), self.spec.group_size).view(*input_ids.shape, -1)
+        value = dequantize_weight(Quantized(codes, scale), self.spec.group_size)
+        return value.view(*input_ids.shape, self.embedding_dim).to(self.dtype)
+
+    def _apply(self, fn, recurse=True):
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.spec}, packing={self.packing}"
@@ -291,5 +345,11 @@ def empty_packed_layer(layer: nn.Module, packing: str) -> PackedLinear | PackedE
             device=device,
         )
     return PackedEmbedding(
-        layer.num_embeddings, layer.embedding_dim, layer.spec, packing, padding_idx=layer.padding_idx, device=device
+        layer.num_embeddings,
+        layer.embedding_dim,
+        layer.spec,
+        packing,
+        padding_idx=layer.padding_idx,
+        device=device,
+        dtype=layer.dtype if isinstance(layer, PackedEmbedding) else layer.weight.dtype,
     )

@@ -20,41 +20,49 @@ def has_fast_int8(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_vnni_supported())
 
 
-def matmul_codes(x: Tensor, weight: Tensor, weight_bound: int) -> Tensor:
+def matmul_codes(x: Tensor, weight: Tensor, bound: int) -> Tensor:
     """x (N, I) @ weight (O, I)^T of int8 codes -> exact sums as float32 (N, O).
 
-    `weight_bound` is the largest magnitude in `weight`: it tells which float type still adds exactly.
+    `bound` is the largest magnitude in `weight`: it tells which float type still adds exactly.
     """
-    if has_fast_int8(x.device):
+    if has_fast_int8(x.device) and x.shape[1] > 1:  # of one column, torch 2.13's CPU product reads foreign memory
         rows, (out, columns) = x.shape[0], weight.shape
         if x.device.type == "cpu" or (rows > 16 and out % 8 == 0 and columns % 8 == 0):  # cuBLAS' limits
             return torch._int_mm(x, weight.t()).float()
-    exact = 128 * weight_bound * x.shape[1] <= EXACT_FLOAT32
+    exact = 128 * bound * x.shape[1] <= EXACT_FLOAT32
     dtype = torch.float32 if exact else torch.float64
     return (x.to(dtype) @ weight.to(dtype).t()).float()
 
 
-def linear_codes(x: Quantized, weight: Quantized, bias: Tensor | None, weight_bound: int, group_size: int) -> Tensor:
+def linear_codes(
+    x: Quantized, weight: Quantized, bias: Tensor | None, bound: int, group_size: int, code_sums: Tensor | None = None
+) -> Tensor:
     """Linear layer of an activation (N, I) and a weight (O, I), both int8 codes -> float32 (N, O).
 
-    y = sum over groups of (sum of code products * x scale + x offset * sum of weight codes) * weight scale, + bias.
+    y = sum over groups of (bias +) x offset * weight scale * sum of weight codes + code products * x scale * weight
+    scale. `code_sums` (G, O) spares counting them again.
     """
-    if weight.scale.shape[1] == 1:
-        y = _scaled_product(x, weight.codes, weight.scale.view(1, -1), weight_bound)
-    else:
-        y = 0
-        for group, scale in enumerate(weight.scale.unbind(1)):
-            columns = slice(group * group_size, (group + 1) * group_size)
-            part = Quantized(x.codes[:, columns].contiguous(), x.scale, x.offset)
-            y = y + _scaled_product(part, weight.codes[:, columns].contiguous(), scale.view(1, -1), weight_bound)
-    return y if bias is None else y + bias
+    if x.offset is not None and code_sums is None:
+        code_sums = sum_codes(weight, bound, group_size)
+    groups = weight.scale.shape[1]
+    y = bias
+    for group, scale in enumerate(weight.scale.unbind(1)):
+        scale = scale.view(1, -1)  # (1, O) or (1, 1)
+        columns = slice(None) if groups == 1 else slice(group * group_size, (group + 1) * group_size)
+        products = matmul_codes(x.codes[:, columns].contiguous(), weight.codes[:, columns].contiguous(), bound)
+        if x.offset is not None:
+            constant = x.offset * (code_sums[group] * scale)
+            y = constant if y is None else constant.add_(y) if y is bias else y.add_(constant)
+        scaled = products.mul_(x.scale * scale)
+        y = scaled if y is None else scaled.add_(y)
+    return y
 
 
-def _scaled_product(x: Quantized, codes: Tensor, scale: Tensor, weight_bound: int) -> Tensor:
-    y = matmul_codes(x.codes, codes, weight_bound) * x.scale
-    if x.offset is not None:
-        y = torch.addcmul(y, x.offset, codes.sum(1, dtype=torch.int32).float().view(1, -1))
-    return y * scale
+def sum_codes(weight: Quantized, bound: int, group_size: int) -> Tensor:
+    """Sum of the int8 codes (O, I) over the columns of each scale group, float32 (G, O)."""
+    parts = [weight.codes] if weight.scale.shape[1] == 1 else weight.codes.split(group_size, 1)
+    sums = [matmul_codes(part.new_ones(1, part.shape[1]), part.contiguous(), bound) for part in parts]
+    return torch.cat(sums)
 
 
 def dequantize_weight(weight: Quantized, group_size: int) -> Tensor:
@@ -66,14 +74,14 @@ class _LinearCodes(torch.autograd.Function):
     """`linear_codes` with straight-through gradients to the latent activation and weight."""
 
     @staticmethod
-    def forward(ctx, x, latent_weight, bias, x_codes, x_scale, x_offset, codes, scale, weight_bound, group_size):
+    def forward(ctx, x, latent_weight, bias, x_codes, x_scale, x_offset, codes, scale, bound, group_size):
         activation, weight = Quantized(x_codes, x_scale, x_offset), Quantized(codes, scale)
         ctx.save_for_backward(x_codes, x_scale, x_offset, codes, scale)
         ctx.group_size, ctx.x_dtype = group_size, x.dtype
         device = x_codes.device.type
         ctx.backward_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         with torch.autocast(device, enabled=False):
-            return linear_codes(activation, weight, bias, weight_bound, group_size)
+            return linear_codes(activation, weight, bias, bound, group_size)
 
     @staticmethod
     def backward(ctx, grad):
@@ -103,21 +111,22 @@ def quantized_linear(
     bias: Tensor | None,
     activation: Quantized,
     weight: Quantized,
-    weight_bound: int,
+    bound: int,
     group_size: int,
+    code_sums: Tensor | None = None,
 ) -> Tensor:
     """`linear_codes` of x (N, I) and a weight (O, I), differentiable in x, latent weight (None when packed) and bias.
 
     Under autocast the forward stays exact; the two products of the backward run in the autocast type.
     """
     if not torch.is_grad_enabled():
-        return linear_codes(activation, weight, bias, weight_bound, group_size)
-    return _LinearCodes.apply(x, latent_weight, bias, *activation, *weight[:2], weight_bound, group_size)
+        return linear_codes(activation, weight, bias, bound, group_size, code_sums)
+    return _LinearCodes.apply(x, latent_weight, bias, *activation, *weight[:2], bound, group_size)
 
 
 def _product(a: Quantized, b: Quantized) -> Tensor:
     """Batched a (..., N, K) @ b (..., K, M) of float codes, scales broadcastable outside K; exact sums, then scales."""
-    y = (a.codes @ b.codes) * (a.scale * b.scale)
+    y = (a.codes @ b.codes).mul_(a.scale * b.scale)
     if b.offset is not None:
         y = y + (a.codes.sum(-1, keepdim=True) * a.scale) * b.offset
     if a.offset is not None:

@@ -15,6 +15,8 @@ A weight of O rows and I columns becomes a uint8 tensor of O rows; every row sta
 Columns past I in the last byte of a row are stored as the digit 0 (2bit, dense), and anything else there is an error.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -39,25 +41,23 @@ def pack_codes(codes: Tensor, packing: str) -> Tensor:
     padded = torch.zeros(rows, packed_columns(columns, packing) * digits, dtype=torch.int32, device=codes.device)
     padded[:, :columns] = codes.int() + 1
     weights = torch.tensor([base**k for k in range(digits)], dtype=torch.int32, device=codes.device)
-    return (padded.view(rows, -1, digits) * weights).sum(-1).to(torch.uint8)
+    return (padded.view(rows, padded.shape[1] // digits, digits) * weights).sum(-1).to(torch.uint8)
 
 
 def unpack_codes(packed: Tensor, columns: int, packing: str) -> Tensor:
     """uint8 (O, bytes) -> int8 codes (O, columns)."""
     if packing == "int8":
         return packed.view(torch.int8)
-    return (_digits(packed, packing)[:, :columns] - 1).contiguous()
+    table = _code_table(packing, packed.device)
+    return table[packed.int()].flatten(1)[:, :columns].contiguous()
 
 
-def _digits(packed: Tensor, packing: str) -> Tensor:
-    """uint8 (O, bytes) -> int8 digits (O, bytes * digits a byte), 0..3 or 0..2."""
-    rows = packed.shape[0]
-    if packing == "2bit":
-        # masks instead of shifts of the whole tensor: uint8 stays uint8 on every device and in exported graphs
-        parts = [torch.div(packed, 4**k, rounding_mode="floor") % 4 for k in range(4)]
-    else:
-        parts = [torch.div(packed, 3**k, rounding_mode="floor") % 3 for k in range(5)]
-    return torch.stack(parts, dim=-1).view(rows, -1).to(torch.int8)
+@lru_cache
+def _code_table(packing: str, device: torch.device) -> Tensor:
+    """int8 (256, digits): the codes in every byte; a look-up beats arithmetic on bytes and exports as one operator."""
+    byte, base = torch.arange(256, device=device).unsqueeze(1), _BASE[packing]
+    places = torch.tensor([base**k for k in range(_DIGITS[packing])], device=device)
+    return (byte // places % base - 1).to(torch.int8)
 
 
 def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, int, int] | None:
@@ -76,4 +76,12 @@ def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, 
     if not count:
         return None
     row, byte = divmod(int(bad.flatten().to(torch.uint8).argmax()), packed.shape[1])
-    return row, byte * digits, count
+    used = min(used, digits) if byte == packed.shape[1] - 1 else digits
+    return row, byte * digits + _first_invalid_digit(int(packed[row, byte]), used, packing), count
+
+
+def _first_invalid_digit(value: int, used: int, packing: str) -> int:
+    """Place in an invalid byte that is to blame: a code 11, else the first pad; a byte past base 3 is wrong as a whole."""
+    if packing == "2bit":
+        return next(k for k in range(4) if value >> 2 * k & 3 == 3 or (k >= used and value >> 2 * k & 3))
+    return used if used < _DIGITS[packing] and value < 243 else 0

@@ -194,18 +194,20 @@ class ActivationQuantizer(NamedTuple):
         low, high = _masked_range(x, valid, dims, self.symmetric)
         if self.symmetric:
             levels = 2 ** (self.bits - 1) - 1
+            least, most = -levels, levels
             high = high.clamp_min(TINY)
-            codes = torch.round(x * (levels / high))
-            if valid is not None:
-                codes = codes.clamp(-levels, levels)
-            return Quantized(codes, high / levels)
-        levels, shift = 2**self.bits - 1, 2 ** (self.bits - 1)
-        width = (high - low).clamp_min(TINY)
-        codes = torch.round((x - low) * (levels / width)) - shift
-        if valid is not None:
-            codes = codes.clamp(-shift, levels - shift)
-        scale = width / levels
-        return Quantized(codes, scale, low + scale * shift)
+            scale, offset = high / levels, None
+            codes = x * (levels / high)
+        else:
+            levels, least = 2**self.bits - 1, -(2 ** (self.bits - 1))
+            most = least + levels
+            width = (high - low).clamp_min(TINY)
+            scale = width / levels
+            offset = low - scale * least
+            inverse = levels / width
+            codes = (x * inverse).add_(least - low * inverse)
+        codes = codes.round_()
+        return Quantized(codes if valid is None else codes.clamp_(least, most), scale, offset)
 
 
 def _masked_range(

@@ -98,8 +98,8 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
         # Transformers before `loss_is_scaled_for_ga` decides by this flag.
         self.model_accepts_loss_kwargs = True
 
-        # A teacher prepared by an earlier trainer would keep that trainer's mixed precision. `unwrap_model` is no help:
-        # it also strips the decorators of Transformers' own forward.
+        # A teacher prepared by an earlier trainer would keep that trainer's mixed precision. `unwrap_model` would also
+        # strip the decorators of Transformers' own forward.
         if "_original_forward" in vars(teacher):
             teacher.forward = vars(teacher).pop("_original_forward")
         teacher._is_accelerate_prepared = False

@@ -1,0 +1,185 @@
+"""Packed inference and distillation in plain torch against full precision, as ratios in one process.
+
+    python benchmarks/torch_path.py [--model base|minilm] [--output benchmarks/results]
+
+Weights are random: speed only. Candidates are interleaved round by round; a ratio is the median over rounds of
+fp32 time / packed time (inference) or quantized step / plain step (training). No speed is printed when the packed
+logits are not those of the fake-quant model. Peak memory is that of a fresh process that loads and answers once.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+import modeling_qbert
+from modeling_qbert import TernaryBertConfig, TernaryBertForSequenceClassification
+from trainers.losses import attention_scores_loss, hidden_states_loss, logits_loss
+from trainers.results import environment
+
+
+SIZES = {
+    "base": {},
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
+}
+SHAPES = ((1, 8), (1, 32), (1, 128), (8, 128))  # batch, tokens
+ROUNDS = 9
+BLOCK_SECONDS = 0.05
+
+
+def batch(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1000, 20000, shape, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds a call, over a block of at least `BLOCK_SECONDS`."""
+    calls, start = 0, time.perf_counter()
+    while True:
+        call()
+        calls += 1
+        elapsed = time.perf_counter() - start
+        if elapsed >= BLOCK_SECONDS:
+            return elapsed / calls
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round, after one warm-up."""
+    for call in candidates.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            times[name].append(timed(call))
+    return times
+
+
+def ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[numerator], times[denominator]))
+
+
+@torch.no_grad()
+def inference(size: str) -> list[dict]:
+    """Rows of milliseconds and ratio for every shape, W2A8 packed against fp32 with Transformers' default attention."""
+    latent = TernaryBertForSequenceClassification(TernaryBertConfig(**SIZES[size])).eval()
+    fp32 = BertForSequenceClassification(BertConfig(**SIZES[size])).eval()
+    packed = latent.pack()
+    rows = []
+    for shape in SHAPES:
+        inputs = batch(shape)
+        difference = float((packed(**inputs).logits - latent(**inputs).logits).abs().max())
+        if difference > 1e-4:
+            raise SystemExit(f"{size} {shape}: packed logits differ from fake-quant by {difference}; no speed printed")
+        times = interleaved({"fp32": lambda: fp32(**inputs), "packed": lambda: packed(**inputs)})  # noqa: B023
+        row = {name: 1000 * statistics.median(values) for name, values in times.items()}
+        rows.append({"batch": shape[0], "tokens": shape[1], **row, "ratio": ratio(times, "fp32", "packed")})
+        print(f"{size:>7} {shape[0]}x{shape[1]:<4} fp32 {row['fp32']:8.1f} ms  packed {row['packed']:8.1f} ms  "
+              f"{rows[-1]['ratio']:.2f} times as fast", flush=True)  # fmt: skip
+    return rows
+
+
+def training_step(size: str, shape: tuple[int, int] = (32, 32)) -> dict:
+    """One distillation step (all three targets, AdamW) of a fake-quant student against a full-precision one."""
+    teacher = BertForSequenceClassification(BertConfig(**SIZES[size])).eval()
+    students = {
+        "plain": BertForSequenceClassification(BertConfig(**SIZES[size])),
+        "fake-quant": TernaryBertForSequenceClassification(TernaryBertConfig(**SIZES[size])),
+    }
+    inputs = batch(shape)
+    teacher.set_attn_implementation("qbert_scores")
+
+    def step(student: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        capture = {"output_hidden_states": True, "output_attentions": True}
+        with torch.no_grad():
+            target = teacher(**inputs, **capture)
+        output = student(**inputs, **capture)
+        mask = inputs["attention_mask"]
+        loss = logits_loss(output.logits, target.logits)
+        loss = loss + hidden_states_loss(output.hidden_states, target.hidden_states, mask)
+        loss = loss + attention_scores_loss(output.attentions, target.attentions, mask)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    candidates = {}
+    for name, student in students.items():
+        student.set_attn_implementation("qbert_scores")
+        optimizer = torch.optim.AdamW(student.train().parameters(), lr=1e-5)
+        candidates[name] = lambda student=student, optimizer=optimizer: step(student, optimizer)
+    times = interleaved(candidates, rounds=5)
+    result = {name: 1000 * statistics.median(values) for name, values in times.items()}
+    result |= {"batch": shape[0], "tokens": shape[1], "ratio": ratio(times, "fake-quant", "plain")}
+    print(f"{size:>7} distillation step {shape[0]}x{shape[1]}: {result['ratio']:.2f} times the step without fake-quant")
+    return result
+
+
+def peak_memory(size: str) -> dict[str, float]:
+    """MB of resident memory that loading and one answer of 128 tokens add to the imports, fp32 against packed."""
+    with tempfile.TemporaryDirectory() as folder:
+        latent = TernaryBertForSequenceClassification(TernaryBertConfig(**SIZES[size]))
+        latent.pack().save_pretrained(f"{folder}/packed")
+        BertForSequenceClassification(BertConfig(**SIZES[size])).save_pretrained(f"{folder}/fp32")
+        del latent
+        result = {}
+        for name in ("fp32", "packed"):
+            command = [sys.executable, __file__, "--answer-once", f"{folder}/{name}"]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            result[name] = float(output.splitlines()[-1])
+    print(f"{size:>7} peak memory over the imports: fp32 {result['fp32']:.0f} MB, packed {result['packed']:.0f} MB")
+    return result
+
+
+def answer_once(folder: str) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    assert modeling_qbert.__name__
+    before = _memory_kb("VmRSS")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model(**batch((1, 128)))
+    print((_memory_kb("VmHWM") - before) * 1024 / 1e6)
+
+
+def _memory_kb(field: str) -> int:
+    """Resident memory (VmRSS) or its peak (VmHWM) of this process; getrusage would count the parent's before exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=(*SIZES, "all"), default="all")
+    parser.add_argument("--output", default="benchmarks/results")
+    parser.add_argument("--answer-once", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.answer_once:
+        return answer_once(arguments.answer_once)
+    report = {**environment(), "cpu": _cpu_name(), "models": {}}
+    for size in SIZES if arguments.model == "all" else [arguments.model]:
+        report["models"][size] = {
+            "peak_memory_mb": peak_memory(size),
+            "inference": inference(size),
+            "training_step": training_step(size),
+        }
+    path = Path(arguments.output) / "torch_path.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {path}")
+    return None
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    main()

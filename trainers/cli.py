@@ -1,0 +1,191 @@
+"""The `qbert` command. Heavy imports wait until a sub-command needs them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qbert", description="Make, check and measure low-bit BERTs.", formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    distill = commands.add_parser("distill", help="run a recipe: teacher, stages, packed checkpoint, results, card")
+    distill.add_argument("recipe", help="recipe file (YAML)")
+    distill.add_argument("overrides", nargs="*", help="recipe fields, as data.path=FOLDER or --data.path FOLDER")
+    distill.add_argument("--output", help="folder of the run (default: runs/NAME); the same call continues there")
+
+    evaluate = commands.add_parser("evaluate", help="score a checkpoint, packed or not, on a task")
+    evaluate.add_argument("checkpoint")
+    evaluate.add_argument("--task", required=True, help="GLUE task or rotten_tomatoes")
+    evaluate.add_argument("--data", help="Hub data set or local folder (default: the task's on the Hub)")
+    evaluate.add_argument("--split", default="validation")
+    evaluate.add_argument("--max-length", type=int, default=128)
+
+    pack = commands.add_parser("pack", help="write a latent or packed checkpoint as a packed one")
+    pack.add_argument("checkpoint")
+    pack.add_argument("output")
+    pack.add_argument("--packing", choices=("2bit", "dense"), default="2bit", help="4 or 5 ternary codes a byte")
+
+    info = commands.add_parser("info", help="bits, bytes per part and ratio to fp32 of a packed checkpoint")
+    info.add_argument("checkpoint")
+
+    verify = commands.add_parser("verify", help="check every byte of a packed checkpoint")
+    verify.add_argument("checkpoint")
+
+    sweep = commands.add_parser("sweep", help="run what a sweep file still lacks: recipes x overrides x seeds")
+    sweep.add_argument("sweep", help="sweep file (YAML)")
+    sweep.add_argument("--output", default="runs", help="folder for runs in progress (default: runs)")
+    sweep.add_argument("--results", default="results", help="folder of committed results (default: results)")
+    sweep.add_argument("--data", help="data.path of every run")
+    sweep.add_argument("--only", nargs="+", metavar="PATTERN", help="run names, such as 'mrpc/*'")
+    sweep.add_argument("--jobs", type=int, default=1, help="runs at a time")
+
+    table = commands.add_parser("table", help="render results as a table and a figure")
+    table.add_argument("results", nargs="+", help="result files or folders")
+    table.add_argument("--figure", help="also draw the scores into this PNG")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. Bad input is one line on stderr and status 2, without a traceback."""
+    parser = _parser()
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown and known.command != "distill":
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    try:
+        if known.command == "distill":
+            known.overrides = [*known.overrides, *_flags(unknown, parser)]
+            _move_flag_values(known)
+        return globals()[f"_{known.command}"](known) or 0
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"qbert {known.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _flags(unknown: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """`--data.path X` and `--data.path=X` as `data.path=X`."""
+    overrides, rest = [], list(unknown)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") and "=" not in flag:
+            parser.error(f"unknown argument: {flag}")
+        name = flag.removeprefix("--")
+        if "=" not in name:
+            if not rest or rest[0].startswith("--"):
+                name += "="
+            else:
+                name += f"={rest.pop(0)}"
+        overrides.append(name)
+    return overrides
+
+
+def _move_flag_values(known: argparse.Namespace) -> None:
+    """argparse takes the X of `--data.path X` for a positional: give it back to its flag."""
+    values = [text for text in known.overrides if "=" not in text]
+    flags = [index for index, text in enumerate(known.overrides) if text.endswith("=")]
+    if len(values) != len(flags):
+        raise ValueError(f"overrides: expected key=value or --key value, found {values}")
+    for index, value in zip(flags, values):
+        known.overrides[index] += value
+    known.overrides = [text for text in known.overrides if "=" in text]
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    from .recipe import Recipe
+
+    recipe = Recipe.from_yaml(arguments.recipe, arguments.overrides)
+    from .results import render_table
+    from .run import run_recipe
+
+    output = Path(arguments.output or Path("runs") / recipe.name)
+    results = run_recipe(recipe, output)
+    print(render_table([results]))
+    print(f"packed checkpoint, card and results: {output / 'packed'}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from .data import get_task
+    from .recipe import DataSpec
+    from .run import evaluate_checkpoint
+
+    spec = DataSpec(
+        task=arguments.task,
+        path=arguments.data or get_task(arguments.task).dataset,
+        eval_split=arguments.split,
+        max_length=arguments.max_length,
+    )
+    for metric, value in evaluate_checkpoint(arguments.checkpoint, spec).items():
+        print(f"{metric:<24}{100 * value:.2f}")
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    import modeling_qbert
+
+    architecture = (AutoConfig.from_pretrained(arguments.checkpoint).architectures or ["none"])[0]
+    model_class = getattr(modeling_qbert, architecture, None)
+    if model_class is None:
+        raise ValueError(
+            f"{arguments.checkpoint}/config.json: expected the architecture of a low-bit model, found {architecture}; "
+            "a full-precision model needs a recipe (qbert distill)"
+        )
+    model_class.from_pretrained(arguments.checkpoint).pack(arguments.packing).save_pretrained(arguments.output)
+    AutoTokenizer.from_pretrained(arguments.checkpoint).save_pretrained(arguments.output)
+    modeling_qbert.verify_checkpoint(arguments.output)
+    _print_report(arguments.output)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    _print_report(arguments.checkpoint)
+
+
+def _print_report(folder: str) -> None:
+    from modeling_qbert import format_report
+
+    print(format_report(folder))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from modeling_qbert import verify_checkpoint
+
+    verify_checkpoint(arguments.checkpoint)
+    print(f"{arguments.checkpoint}: every tensor, digest and config field is as it was saved")
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    import functools
+
+    from .run import run_recipe
+    from .sweep import collect, load_sweep, run_sweep
+
+    name = load_sweep(arguments.sweep, arguments.data).name
+    outcome = run_sweep(
+        arguments.sweep,
+        arguments.output,
+        arguments.data,
+        arguments.only,
+        arguments.jobs,
+        execute=functools.partial(run_recipe, teachers=Path(arguments.output) / "teachers"),
+        results=arguments.results,
+    )
+    written = collect(Path(arguments.output) / name, arguments.results)
+    print(f"{len(outcome.finished)} finished, {len(outcome.skipped)} skipped, {len(outcome.failed)} failed")
+    print(f"{len(written)} new results in {arguments.results}; render them with qbert table {arguments.results}/{name}")
+    return outcome.exit_code
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    from .results import load_results, plot_results, render_table
+
+    results = load_results(arguments.results)
+    print(render_table(results))
+    if arguments.figure:
+        plot_results(results, arguments.figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
