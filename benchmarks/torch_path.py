@@ -68,7 +68,7 @@ def ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> fl
 
 @torch.no_grad()
 def inference(size: str) -> list[dict]:
-    """Rows of milliseconds and ratio for every shape, W2A8 packed against fp32 with Transformers' default attention."""
+    """Milliseconds and ratio for every shape, W2A8 packed against fp32 with Transformers' default attention."""
     latent = TernaryBertForSequenceClassification(TernaryBertConfig(**SIZES[size])).eval()
     fp32 = BertForSequenceClassification(BertConfig(**SIZES[size])).eval()
     packed = latent.pack()
@@ -117,7 +117,9 @@ def training_step(size: str, shape: tuple[int, int] = (32, 32)) -> dict:
     times = interleaved(candidates, rounds=5)
     result = {name: 1000 * statistics.median(values) for name, values in times.items()}
     result |= {"batch": shape[0], "tokens": shape[1], "ratio": ratio(times, "fake-quant", "plain")}
-    print(f"{size:>7} distillation step {shape[0]}x{shape[1]}: {result['ratio']:.2f} times the step without fake-quant")
+    print(
+        f"{size:>7} distillation step {shape[0]}x{shape[1]}: {result['ratio']:.2f} times the step without fake-quant"
+    )
     return result
 
 

@@ -4,6 +4,7 @@ from . import modeling_ternary
 from .checkpoint import CheckpointError
 from .configuration_qbert import TernaryBertConfig, TernaryElectraConfig, TernaryRobertaConfig
 from .modeling_ternary import *  # noqa: F403
+from .report import checkpoint_report, format_report, verify_checkpoint
 
 
 _FAMILIES = {"ternary": modeling_ternary.HEADS}
@@ -26,6 +27,9 @@ __all__ = [
     "TernaryBertConfig",
     "TernaryElectraConfig",
     "TernaryRobertaConfig",
+    "checkpoint_report",
+    "format_report",
     "get_model_class",
+    "verify_checkpoint",
     *modeling_ternary.__all__,
 ]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +24,7 @@ from .packing import FORMAT_VERSION, PACKINGS, find_invalid_code
 WEIGHTS_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 4_000_000  # a packed BERT's header is some 50 kB
 MAX_SCALE = 1e6  # a trained weight scale is below 1
+MIN_SCALE = torch.finfo(torch.float32).tiny  # a denormal may count as 0 on some device
 _ITEM_SIZE = {"U8": 1, "F32": 4, "BF16": 2, "F16": 2}
 _DTYPE_NAMES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
@@ -63,6 +65,15 @@ class PackedFile:
 
     def fail(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {message}")
+
+    @property
+    def float_dtypes(self) -> set[torch.dtype]:
+        """Types of the tensors that are neither codes nor scales."""
+        return {
+            _DTYPES[record.dtype]
+            for name, record in self.tensors.items()
+            if record.dtype != "U8" and not name.endswith("weight_scale")
+        }
 
     def tensor(self, name: str) -> Tensor:
         """Copy of one tensor."""
@@ -138,6 +149,46 @@ def open_packed(path: str) -> PackedFile:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     return _parse(path, view, size)
+
+
+def stale_weights(folder: str) -> list[str]:
+    """Names of weight files beside the one of a packed checkpoint: which one is loaded would be a guess."""
+    pattern = re.compile(r"(model|pytorch_model)\b.*\.(safetensors|bin|index\.json)")
+    return sorted(name for name in os.listdir(folder) if pattern.fullmatch(name) and name != WEIGHTS_FILE)
+
+
+def check_folder(folder: str) -> PackedFile | None:
+    """Check what lies in a local checkpoint folder before Transformers opens it.
+
+    Returns the open file of a packed checkpoint, None of any other. A packed file without its `quantization_config`, and
+    the other way round, is an error: its codes would be taken for weights.
+    """
+    config, path = os.path.join(folder, "config.json"), os.path.join(folder, WEIGHTS_FILE)
+    try:
+        with open(config, encoding="utf-8") as file:
+            quantization = json.load(file).get("quantization_config")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{config}: is no readable JSON object ({error})") from None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "qbert":
+        if _is_packed_file(path):
+            raise CheckpointError(
+                f"{config}: field 'quantization_config' must have quant_method 'qbert' for the packed weights of {path}, "
+                f"found {quantization!r}"
+            )
+        return None
+    stale = stale_weights(folder)
+    if stale or not os.path.isfile(path):
+        raise CheckpointError(f"{folder}: a packed checkpoint is one file {WEIGHTS_FILE}, found {stale or 'none'}")
+    return open_packed(path)
+
+
+def _is_packed_file(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            header = file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES))
+    except OSError:
+        return False
+    return b'"qbert_format_version"' in header
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -229,6 +280,8 @@ def check_tensors(file: PackedFile, expected: Mapping[str, Expected]) -> None:
             raise file.fail(f"tensor {name!r} must be {' or '.join(dtypes)}, found {record.dtype}")
         if record.shape != want.shape:
             raise file.fail(f"tensor {name!r} must have shape {list(want.shape)}, found {list(record.shape)}")
+    if len(file.float_dtypes) > 1:
+        raise file.fail(f"tensors that are not packed must have one dtype, found {sorted(map(str, file.float_dtypes))}")
     for name, record in file.tensors.items():
         tensor, want = file.tensor(name), expected.get(name)
         if want is not None and want.packing and (invalid := find_invalid_code(tensor, want.columns, want.packing)):
@@ -239,9 +292,9 @@ def check_tensors(file: PackedFile, expected: Mapping[str, Expected]) -> None:
             )
         if record.dtype != "U8" and not bool(torch.isfinite(tensor).all()):
             raise file.fail(f"tensor {name!r} holds NaN or infinite values")
-        if want is not None and want.is_scale and not bool(((tensor > 0) & (tensor < MAX_SCALE)).all()):
+        if want is not None and want.is_scale and not bool(((tensor >= MIN_SCALE) & (tensor < MAX_SCALE)).all()):
             raise file.fail(
-                f"tensor {name!r} must hold scales in (0, {MAX_SCALE:g}), found {float(tensor.min()):g} to "
+                f"tensor {name!r} must hold scales in [{MIN_SCALE:g}, {MAX_SCALE:g}), found {float(tensor.min()):g} to "
                 f"{float(tensor.max()):g}"
             )
 

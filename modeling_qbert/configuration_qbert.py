@@ -69,18 +69,20 @@ class LowBitConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path}/config.json: field 'model_type' must be one of "
                 f"{sorted(set(accepted))} to make a {cls.model_type} model, found {found!r}"
             )
-        return fields | {"model_type": cls.model_type or found}, kwargs
+        return fields | {"model_type": cls.model_type or found, "name_or_path": str(pretrained_model_name_or_path)}, kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As in `PreTrainedConfig`; what is wrong with a file's fields is one `CheckpointError` that names the file."""
-        path = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
+        path = kwargs.get("name_or_path") or config_dict.get("name_or_path")
+        # Transformers sets overrides after birth, when nothing checks them any more.
+        overrides = {name: kwargs.pop(name) for name in low_bit_fields() if name in kwargs}
         try:
-            return super().from_dict(config_dict, **kwargs)
+            return super().from_dict(config_dict | overrides, **kwargs)
         except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, CheckpointError) or not path:
+            if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{path}/config.json: {error}") from error
+            raise CheckpointError(f"{path}/config.json: {error}" if path else str(error)) from error
 
     def validate_low_bit(self):
         """Run by `@strict` after birth and before saving: every error names the field, its range and its value."""
@@ -113,6 +115,8 @@ class LowBitConfig(PreTrainedConfig):
                 f"config describes {parameters:,} weights (num_hidden_layers {self.num_hidden_layers}, hidden_size "
                 f"{self.hidden_size}, vocab_size {self.vocab_size}); at most {_MAX_PARAMETERS:,} are accepted"
             )
+        if getattr(self, "transformers_weights", None) is not None:
+            raise ValueError("config field `transformers_weights` is not accepted: it names a file to load instead")
         if self.layer_norm_eps <= 0 or self.layer_norm_eps > 1:
             raise ValueError(f"config field `layer_norm_eps` must be in (0, 1], found {self.layer_norm_eps!r}")
         known = {"quantization_config", *type(self).__dataclass_fields__}

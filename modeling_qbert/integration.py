@@ -8,13 +8,23 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import CheckpointError, Expected, check_config, check_digests, check_tensors, file_metadata, open_packed
+from .checkpoint import (
+    WEIGHTS_FILE,
+    CheckpointError,
+    Expected,
+    PackedFile,
+    check_config,
+    check_digests,
+    check_tensors,
+    file_metadata,
+    open_packed,
+)
 from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, empty_packed_layer
 from .packing import FORMAT_VERSION, PACKINGS
 
 
 class QbertConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint: how the bits lie in the file. What they mean is in the model config.
+    """`quantization_config` of a packed checkpoint: how bits lie in the file. What they mean is in the model config.
 
     Args:
         packing (`"2bit"` or `"dense"`, *optional*, defaults to `"2bit"`): layout of ternary codes.
@@ -28,8 +38,8 @@ class QbertConfig(QuantizationConfigMixin):
         if unknown or packing not in PACKINGS or format_version != FORMAT_VERSION:
             found = {"packing": packing, "format_version": format_version, **{key: kwargs[key] for key in unknown}}
             raise CheckpointError(
-                f"config.json: quantization_config must have packing in {PACKINGS} and format_version {FORMAT_VERSION}, "
-                f"found {found}"
+                f"config.json: quantization_config must have packing in {PACKINGS} and format_version "
+                f"{FORMAT_VERSION}, found {found}"
             )
 
 
@@ -41,18 +51,19 @@ class QbertQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None, **_):
         if not hasattr(model, "pack"):
             raise CheckpointError(
-                f"config.json: quantization_config belongs to a low-bit model; {type(model).__name__} is not one "
-                f"(model_type {model.config.model_type!r})"
+                f"{model.config.name_or_path}/config.json: quantization_config belongs to a low-bit model; "
+                f"{type(model).__name__} (model_type {model.config.model_type!r}) is not one"
             )
         if not self.pre_quantized:
             raise ValueError("load the latent model and call `.pack()`: packing needs no quantization_config")
         swap_to_packed(model, self.quantization_config.packing)
         if checkpoint_files is not None:
-            if len(checkpoint_files) != 1:
+            names = [os.path.basename(path) for path in checkpoint_files]
+            if names != [WEIGHTS_FILE]:
                 raise CheckpointError(
-                    f"{os.path.dirname(checkpoint_files[0])}: a packed checkpoint is one file, found {len(checkpoint_files)}"
+                    f"{os.path.dirname(checkpoint_files[0])}: a packed checkpoint is one file {WEIGHTS_FILE}, found {names}"
                 )
-            check_file(checkpoint_files[0], model, self.quantization_config.packing)
+            self.float_dtypes = check_file(checkpoint_files[0], model, self.quantization_config.packing).float_dtypes
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_):
         own_memory(model)
@@ -109,7 +120,8 @@ def own_memory(model: nn.Module) -> None:
 
 def expected_tensors(model: nn.Module) -> dict[str, Expected]:
     """Name -> what a packed file must hold for this packed model (any device, meta included)."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding)}
+    kinds = PackedLinear | PackedEmbedding
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     expected = {}
     for name, tensor in model.state_dict().items():
@@ -124,28 +136,33 @@ def expected_tensors(model: nn.Module) -> dict[str, Expected]:
     return expected
 
 
-def check_file(path: str, model: nn.Module, packing: str) -> None:
+def check_file(path: str, model: nn.Module, packing: str) -> PackedFile:
     """Every check of a packed file against the packed model about to be filled from it; raises `CheckpointError`.
 
-    The file's own head must match tensor by tensor. Another head may be asked for: then the backbone must be complete
-    (a pooler may be left out), and what the new head lacks is initialised and reported by Transformers, as usual.
+    The file's own head must match tensor by tensor. Another head may be asked for: then every packed tensor must be
+    there, and what the new head lacks of others is initialised and reported by Transformers, as usual.
     """
     file = open_packed(path)
     expected = expected_tensors(model)
-    same_head = file.metadata["qbert_architecture"] == type(model).__name__
+    architecture, declared = file.metadata["qbert_architecture"], getattr(model.config, "architectures", None)
+    if declared and architecture not in declared:
+        raise file.fail(f"was saved from {architecture}, config.json says {declared}")
+    same_head = architecture == type(model).__name__
     prefix = model.base_model_prefix + "."
     if not same_head:
         file_has_prefix = any(name.startswith(prefix) for name in file.tensors)
         model_has_prefix = any(name.startswith(prefix) for name in expected)
         if file_has_prefix and not model_has_prefix:
             expected = {prefix + name: want for name, want in expected.items()}
-        elif model_has_prefix and not file_has_prefix:
-            expected = {name.removeprefix(prefix): want for name, want in expected.items() if name.startswith(prefix)}
-        else:
+        elif model_has_prefix:
             packed_head = [name for name, want in expected.items() if want.packing and not name.startswith(prefix)]
             if any(name not in file.tensors for name in packed_head):
-                raise file.fail(f"has no packed tensors {packed_head} for {type(model).__name__}; start from a latent model")
+                raise file.fail(
+                    f"has no packed tensors {packed_head} for {type(model).__name__}; start from a latent model"
+                )
             expected = {name: want for name, want in expected.items() if name.startswith(prefix)}
+            if not file_has_prefix:
+                expected = {name.removeprefix(prefix): want for name, want in expected.items()}
     missing = sorted(set(expected) - set(file.tensors))
     unexpected = sorted(set(file.tensors) - set(expected)) if same_head else []
     if missing or unexpected:
@@ -153,13 +170,21 @@ def check_file(path: str, model: nn.Module, packing: str) -> None:
         for wrapper in ("module.", "_orig_mod."):
             if any(name.startswith(wrapper) for name in unexpected):
                 hint = f"; save the unwrapped model (names start with {wrapper!r})"
-        raise file.fail(f"{len(missing)} tensors missing {missing[:5]}, {len(unexpected)} unexpected {unexpected[:5]}{hint}")
+        if missing and not same_head and all(".pooler." in "." + name for name in missing):
+            hint = f"; {architecture} has no pooler: load with add_pooling_layer=False"
+        raise file.fail(
+            f"{len(missing)} tensors missing {missing[:5]}, {len(unexpected)} unexpected {unexpected[:5]}{hint}"
+        )
     if file.metadata["qbert_packing"] != packing:
         raise file.fail(f"packing is {file.metadata['qbert_packing']!r}, config.json says {packing!r}")
     fields = model.config.compute_fields() | {"num_labels": model.config.num_labels}
     check_config(file, fields, frozenset() if same_head else frozenset({"num_labels"}))
     check_digests(file)
     check_tensors(file, expected)
+    return file
+
+
+MODEL_CLASSES: dict[str, type] = {}  # architecture -> class, of every registered family
 
 
 def register(config: type, heads: dict[Any, type]) -> None:
@@ -167,6 +192,7 @@ def register(config: type, heads: dict[Any, type]) -> None:
     from transformers import AutoConfig
 
     AutoConfig.register(config.model_type, config, exist_ok=True)
+    MODEL_CLASSES.update({model_class.__name__: model_class for model_class in heads.values()})
     for auto_class, model_class in heads.items():
         auto_class.register(config, model_class, exist_ok=True)
 

@@ -71,7 +71,7 @@ class _LatentMixin:
 
     @torch.no_grad()
     def update_scale(self, second_moment: Tensor | None) -> None:
-        """Refresh the loss-aware scale with the curvature sqrt(v) of Adam's second moment v (Hou & Kwok, section 3)."""
+        """Refresh the loss-aware scale with curvature sqrt(v), v Adam's second moment (Hou & Kwok, section 3)."""
         cold = not bool((self.weight_scale > 0).all())
         curvature = None if second_moment is None else second_moment.to(self.weight.dtype).sqrt()
         scale = lat_scale(
@@ -112,7 +112,7 @@ class QuantLinear(_LatentMixin, nn.Linear):
 
 
 def check_ids(input_ids: Tensor, rows: int) -> None:
-    """Clear error for ids that an embedding of `rows` rows has not; a device other than CPU is not made to wait for it."""
+    """Clear error for ids that an embedding of `rows` rows lacks; only on CPU, another device would have to wait."""
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids must be int64 or int32, found {input_ids.dtype}")
     if input_ids.device.type != "cpu" or not input_ids.numel() or torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""What every low-bit model adds to its Transformers class: quantized leaf layers, `pack()`, `dequantize()`, strict loading."""
+"""What every low-bit model adds to its Transformers class: quantized leaves, `pack()`, `dequantize()`, strict loading."""
 
 import copy
 import os
@@ -6,14 +6,19 @@ import tempfile
 from collections.abc import Mapping
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertLayer, BertPooler
-from transformers.models.electra.modeling_electra import ElectraClassificationHead, ElectraLayer, ElectraSequenceSummary
+from transformers.models.electra.modeling_electra import (
+    ElectraClassificationHead,
+    ElectraLayer,
+    ElectraSequenceSummary,
+)
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead, RobertaLayer, RobertaPooler
 
 from .attention import quantized_attention  # noqa: F401 (registers the attention functions)
-from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header
+from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import low_bit_fields
 from .integration import QbertConfig, QbertQuantizer, link_decoder
 from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, pack_layer
@@ -27,8 +32,25 @@ _ENCODER_LAYERS = (BertLayer, RobertaLayer, ElectraLayer)
 _POOLERS = (BertPooler, RobertaPooler, RobertaClassificationHead, ElectraClassificationHead)
 
 
+def check_inputs(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Pre-forward hook of the backbone: clear errors for shapes that it cannot take."""
+    given = kwargs.get("input_ids", args[0] if args else None)
+    given = kwargs.get("inputs_embeds") if given is None else given
+    if given is None or torch.compiler.is_compiling():
+        return
+    if given.dim() < 2 or 0 in given.shape:
+        raise ValueError(f"input_ids must be (B, T) with at least one sentence of one token, found {list(given.shape)}")
+    positions = module.embeddings.position_embeddings
+    limit = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+    if given.shape[1] > limit:
+        raise ValueError(f"input has {given.shape[1]} tokens, this model has {limit} positions; truncate the text")
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if mask is not None and mask.dim() == 2 and mask.shape != given.shape[:2]:
+        raise ValueError(f"attention_mask must be {list(given.shape[:2])} as the input, found {list(mask.shape)}")
+
+
 def share_token_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Pre-forward hook of the backbone when a range spans the batch: tells the linear layers which tokens are padding."""
+    """Pre-forward hook of the backbone when a range spans the batch: tells linear layers which tokens are padding."""
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     mask = mask.bool() if mask is not None and mask.dim() == 2 else None
     for layer in module.modules():
@@ -39,8 +61,8 @@ def share_token_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
 class LowBitMixin:
     """Mixed in before a Transformers BERT, RoBERTa or ELECTRA class.
 
-    latent: `QuantLinear` and `QuantEmbedding` hold fp32 latent weights under the backbone's own names and fake-quantize
-    in forward. packed: after `pack()`, or loaded from a packed checkpoint, they hold bits and scales.
+    latent: `QuantLinear` and `QuantEmbedding` hold fp32 latent weights under the backbone's own names and
+    fake-quantize in forward. packed: after `pack()`, or loaded from a packed checkpoint, they hold bits and scales.
     """
 
     def __init__(self, config, *args, **kwargs):
@@ -70,6 +92,7 @@ class LowBitMixin:
             if decoder is not None and self.config.tie_word_embeddings:
                 name = next(name for name, module in self.named_modules() if module is decoder)
                 self.set_submodule(name, QuantLinear(decoder, embedding, activation, (embeddings,)))
+        self.base_model.register_forward_pre_hook(check_inputs, with_kwargs=True)
         if self.config.activation_granularity == "per_tensor" and activation is not None:
             self.base_model.register_forward_pre_hook(share_token_mask, with_kwargs=True)
         self.update_scales(None)
@@ -79,7 +102,7 @@ class LowBitMixin:
             return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         if attn_implementation not in (None, "eager", "sdpa"):
             raise ValueError(
-                f"attn_implementation {attn_implementation!r} would skip the quantization of Q, K, V and probabilities; "
+                f"attn_implementation {attn_implementation!r} would not quantize Q, K, V and probabilities; "
                 "a model with quantized activations has 'qbert' (the default) or 'qbert_scores'"
             )
         return super()._check_and_adjust_attn_implementation("qbert", *args, **kwargs)
@@ -94,20 +117,29 @@ class LowBitMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As `PreTrainedModel.from_pretrained`, strict: a backbone tensor that is missing is an error that names it."""
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        """As `PreTrainedModel.from_pretrained`, strict: a missing backbone tensor is an error that names it."""
+        source = os.path.join(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        if os.path.isfile(os.path.join(source, "config.json")):
+            check_folder(source)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except (CheckpointError, SafetensorError, RuntimeError) as error:
+            if source in str(error) or (type(error) is RuntimeError and "mismatch" not in str(error)):
+                raise
+            raise CheckpointError(f"{source}: {error}") from error
+        types = getattr(getattr(model, "hf_quantizer", None), "float_dtypes", {model.dtype})
+        if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in ("auto", None) and model.dtype not in types:
+            raise CheckpointError(f"{source}/config.json: field 'dtype' is {model.dtype}, the file holds {types}")
         prefix = "" if model.base_model is model else model.base_model_prefix + "."
         missing = sorted(
-            name
-            for name in info["missing_keys"]
-            if name.startswith(prefix) and ".pooler." not in "." + name
+            name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in "." + name
         )
         if missing:
             raise CheckpointError(
-                f"{pretrained_model_name_or_path}: {len(missing)} tensors of the {model.base_model_prefix} backbone are "
-                f"missing: {missing[:5]}"
+                f"{pretrained_model_name_or_path}: {len(missing)} tensors of the {model.base_model_prefix} "
+                f"backbone are missing: {missing[:5]}"
             )
         model.update_scales(None)
         return (model, info) if output_loading_info else model
@@ -181,9 +213,9 @@ class LowBitMixin:
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         save_directory = os.fspath(save_directory)
         os.makedirs(save_directory, exist_ok=True)
-        foreign = [name for name in os.listdir(save_directory) if _is_weights(name) and name != WEIGHTS_FILE]
+        foreign = stale_weights(save_directory)
         if foreign:
-            raise CheckpointError(f"{save_directory}: holds other weight files {sorted(foreign)}; save to a clean folder")
+            raise CheckpointError(f"{save_directory}: holds other weight files {foreign}; save to a clean folder")
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=save_directory) as staging:
             super().save_pretrained(staging, *args, max_shard_size="1000GB", **kwargs)
@@ -193,7 +225,3 @@ class LowBitMixin:
         if push_to_hub:
             self.push_to_hub(repo_id)
         return None
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"))

@@ -74,7 +74,7 @@ class _LinearCodes(torch.autograd.Function):
     """`linear_codes` with straight-through gradients to the latent activation and weight."""
 
     @staticmethod
-    def forward(ctx, x, latent_weight, bias, x_codes, x_scale, x_offset, codes, scale, bound, group_size):
+    def forward(ctx, x, latent_weight, bias, x_codes, x_scale, x_offset, codes, scale, bound, group_size):  # noqa: ARG004
         activation, weight = Quantized(x_codes, x_scale, x_offset), Quantized(codes, scale)
         ctx.save_for_backward(x_codes, x_scale, x_offset, codes, scale)
         ctx.group_size, ctx.x_dtype = group_size, x.dtype
@@ -125,7 +125,7 @@ def quantized_linear(
 
 
 def _product(a: Quantized, b: Quantized) -> Tensor:
-    """Batched a (..., N, K) @ b (..., K, M) of float codes, scales broadcastable outside K; exact sums, then scales."""
+    """a (..., N, K) @ b (..., K, M) of float codes, scales broadcastable outside K: exact sums, then scales."""
     y = (a.codes @ b.codes).mul_(a.scale * b.scale)
     if b.offset is not None:
         y = y + (a.codes.sum(-1, keepdim=True) * a.scale) * b.offset
@@ -164,8 +164,8 @@ class _MatmulCodes(torch.autograd.Function):
 def quantized_matmul(a: Tensor, b: Tensor, a_quantized: Quantized, b_quantized: Quantized) -> Tensor:
     """Batched product of the codes of a (..., N, K) and b (..., K, M), differentiable in a and b (straight through).
 
-    Codes are float whole numbers; sums are exact while K * largest code product <= 2^24: for 8-bit attention, head dims
-    up to 1,040 and up to 518 tokens.
+    Codes are float whole numbers; sums are exact while K * largest code product <= 2^24: for 8-bit attention, head
+    dims up to 1,040 and up to 518 tokens.
     """
     if not torch.is_grad_enabled():
         return _product(a_quantized, b_quantized)

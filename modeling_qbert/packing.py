@@ -54,14 +54,14 @@ def unpack_codes(packed: Tensor, columns: int, packing: str) -> Tensor:
 
 @lru_cache
 def _code_table(packing: str, device: torch.device) -> Tensor:
-    """int8 (256, digits): the codes in every byte; a look-up beats arithmetic on bytes and exports as one operator."""
+    """int8 (256, digits): the codes of every byte; a look-up beats arithmetic on bytes and exports as one operator."""
     byte, base = torch.arange(256, device=device).unsqueeze(1), _BASE[packing]
     places = torch.tensor([base**k for k in range(_DIGITS[packing])], device=device)
     return (byte // places % base - 1).to(torch.int8)
 
 
 def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, int, int] | None:
-    """(row, column, count) of the first stored value outside the alphabet, a non-zero pad included; None when clean."""
+    """(row, column, count) of the first stored value outside the alphabet, non-zero pads included; None when clean."""
     if packing == "int8":
         bad = packed == 128
     elif packing == "dense":
@@ -81,7 +81,7 @@ def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, 
 
 
 def _first_invalid_digit(value: int, used: int, packing: str) -> int:
-    """Place in an invalid byte that is to blame: a code 11, else the first pad; a byte past base 3 is wrong as a whole."""
+    """Place to blame in an invalid byte: a code 11, else the first pad; a byte past base 3 is wrong as a whole."""
     if packing == "2bit":
         return next(k for k in range(4) if value >> 2 * k & 3 == 3 or (k >= used and value >> 2 * k & 3))
     return used if used < _DIGITS[packing] and value < 243 else 0

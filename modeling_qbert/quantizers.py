@@ -1,6 +1,7 @@
 """Quantizers: the maths of every code, scale and gradient, each formula once.
 
-Shapes: B batch, T tokens, H heads, D head dim, O out rows, I in columns, G groups. `x ≈ scale * codes (+ offset)`, always multiply.
+Shapes: B batch, T tokens, H heads, D head dim, O out rows, I in columns, G groups. Always multiply:
+`x ≈ scale * codes (+ offset)`.
 
 Training, packing and tests call these functions; nothing else in the project computes a scale or a code.
 """
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 
-TWN_THRESHOLD = 0.7  # threshold = 0.7 * mean|w|: Li & Liu, Ternary Weight Networks (2016), eq. 6; TernaryBERT section 3.1
-LAT_ITERATIONS = 10  # alternating steps from a cold start: the released loss-aware quantizer of BinaryBERT uses 1 + 10
+TWN_THRESHOLD = 0.7  # times mean|w|: Li & Liu, Ternary Weight Networks (2016), eq. 6; TernaryBERT section 3.1
+LAT_ITERATIONS = 10  # alternating steps from a cold start, as the loss-aware quantizer released with BinaryBERT
 TINY = 1e-30  # floor of a scale; keeps 127 / range finite and a scale of an all-zero group positive
 
 GRANULARITIES = ("per_tensor", "per_row", "per_group")
@@ -87,7 +88,7 @@ def _group_amax(values: Tensor, granularity: str, group_size: int) -> Tensor:
 
 
 def _group_count(weight: Tensor, granularity: str, group_size: int) -> Tensor:
-    """Number of real weights in each scale group, of the shape of the scale (the last group of a row may be shorter)."""
+    """Number of real weights in each scale group, of the shape of the scale; a row's last group may be shorter."""
     rows, columns = weight.shape
     if granularity == "per_tensor":
         return weight.new_full((1, 1), rows * columns)
@@ -229,12 +230,14 @@ class SoftmaxCodes(torch.autograd.Function):
     """Softmax over the last dim whose result also comes as unsigned codes: (probabilities, codes, scale).
 
     With e = exp(score - row maximum) the largest probability of a row has e = 1, so the per-token codes are
-    round(levels * e) and the scale 1 / (levels * sum e): masked scores get code 0, and neither padding nor the order of
-    a sum can move a code. Probabilities are never negative, so their lower bound is 0 in both min-max settings.
+    round(levels * e) and the scale 1 / (levels * sum e): masked scores get code 0, and neither padding nor the order
+    of a sum can move a code. Probabilities are never negative, so their lower bound is 0 in both min-max settings.
     """
 
     @staticmethod
-    def forward(ctx, scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx, scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         levels = 2**bits - 1
         e = torch.exp(scores - scores.amax(-1, keepdim=True))
         total = e.sum(-1, keepdim=True, dtype=torch.float64).to(e.dtype)

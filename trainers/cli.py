@@ -8,7 +8,9 @@ from pathlib import Path
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="qbert", description="Make, check and measure low-bit BERTs.", formatter_class=argparse.RawTextHelpFormatter
+        prog="qbert",
+        description="Make, check and measure low-bit BERTs.",
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -174,7 +176,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
     )
     written = collect(Path(arguments.output) / name, arguments.results)
     print(f"{len(outcome.finished)} finished, {len(outcome.skipped)} skipped, {len(outcome.failed)} failed")
-    print(f"{len(written)} new results in {arguments.results}; render them with qbert table {arguments.results}/{name}")
+    print(
+        f"{len(written)} new results in {arguments.results}; render them with qbert table {arguments.results}/{name}"
+    )
     return outcome.exit_code
 
 

@@ -45,7 +45,9 @@ def resolve_model(name: str) -> str:
 
 def load_teacher(name: str, labels: dict | None = None) -> PreTrainedModel:
     """Sequence classifier of a checkpoint; `labels` (`trainers.data.label_config`) gives a backbone a new head."""
-    return AutoModelForSequenceClassification.from_pretrained(resolve_model(name), dtype=torch.float32, **(labels or {}))
+    return AutoModelForSequenceClassification.from_pretrained(
+        resolve_model(name), dtype=torch.float32, **(labels or {})
+    )
 
 
 def student_config(recipe: Recipe, stage: Stage, teacher: str, labels: dict):

@@ -1,3 +1,4 @@
+import gc
 import math
 import os
 import subprocess
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import (
     BertConfig,
+    BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -29,6 +31,15 @@ SHAPE = {
     "max_position_embeddings": 32,
 }
 PLAIN = BertForSequenceClassification
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection():
+    """Every `train` collects garbage, which walks through all imported modules unless they are frozen."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def make_model(seed=0, cls=PLAIN, dropout=0.0, **config):
@@ -114,7 +125,12 @@ TARGETS = ("logits", "hidden_states", "attention_scores")
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_target_alone_falls(tmp_path, target):
     trainer = make_trainer(
-        tmp_path, make_model(1), make_model(2), max_steps=41, learning_rate=3e-3, **only(target),
+        tmp_path,
+        make_model(1),
+        make_model(2),
+        max_steps=41,
+        learning_rate=3e-3,
+        **only(target),
         lr_scheduler_type="constant",
     )
     trainer.train()
@@ -483,3 +499,21 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     files = {path.name for path in (tmp_path / "two" / "checkpoint-2").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "MANIFEST.json"} <= files
     assert not list((tmp_path / "two").glob("tmp-*"))
+
+
+def test_multiple_choice_counts_questions_and_every_choice_s_tokens(tmp_path):
+    student, teacher = make_model(1, BertForMultipleChoice), make_model(2, BertForMultipleChoice)
+    trainer = make_trainer(tmp_path, student, teacher, attention_scores_weight=0.0)
+    rows = collate(make_rows(6))
+    batch = {name: value.reshape(2, 3, *value.shape[1:]) for name, value in rows.items() if name != "labels"}
+    student.train()
+    _, output = trainer.compute_loss(student, batch, return_outputs=True)
+    with torch.no_grad():
+        expected = teacher(**batch, output_hidden_states=True)
+    logits = -(expected.logits.softmax(-1) * output.logits.log_softmax(-1)).mean()
+    real = rows["attention_mask"].bool()
+    hidden = sum(
+        (s[real] - t[real]).square().mean() for s, t in zip(output.hidden_states, expected.hidden_states, strict=True)
+    )
+    torch.testing.assert_close(trainer._step_losses["loss_logits"], logits.detach())
+    torch.testing.assert_close(trainer._step_losses["loss_hidden_states"], hidden.detach())
