@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
+    pipeline,
     set_seed,
 )
 
@@ -40,6 +41,14 @@ from .results import RESULTS_NAME, environment, plot_training, read_results, wri
 DONE = "DONE.json"  # written last into a finished teacher or stage folder
 SENTENCE_TEACHER = (
     "The backbone was tuned on sentence pairs that include SNLI and MultiNLI, Quora duplicates and SQuAD questions."
+)
+
+
+GOLDEN_TEXTS = (
+    "a gripping, funny film",
+    "two hours that feel like four",
+    "The committee approved the plan on Monday.",
+    "On Monday the plan was turned down by the committee.",
 )
 
 
@@ -193,6 +202,7 @@ class _Run:
             )
             record = self._train(trainer, folder, stage.name)
             trainer.model.save_pretrained(model_folder)
+            self.tokenizer.save_pretrained(model_folder)
             _write_json(folder / DONE, record)
         return str(model_folder), json.loads((folder / DONE).read_text())
 
@@ -270,9 +280,22 @@ class _Run:
             **environment(),
         }
         write_results(packed_folder / RESULTS_NAME, results)
+        write_golden(packed_folder, pairs="text_pair" in self.data[recipe.data.eval_split].column_names)
         write_card(packed_folder, results, base_model=recipe.teacher.model, limitations=SENTENCE_TEACHER)
         write_results(self.output / RESULTS_NAME, results)
         return results
+
+
+def write_golden(folder: Path, pairs: bool) -> None:
+    """`golden.json` of a packed checkpoint: fixed texts (or pairs of them) with the label and score it gives them."""
+    classify = pipeline("text-classification", model=str(folder))
+    golden = []
+    for text, other in zip(GOLDEN_TEXTS, GOLDEN_TEXTS[1:] + GOLDEN_TEXTS[:1]):
+        question = {"text": text, "text_pair": other} if pairs else text
+        answer = classify(question)
+        answer = answer[0] if isinstance(answer, list) else answer
+        golden.append([question, answer["label"], answer["score"]])
+    _write_json(folder / "golden.json", golden)
 
 
 def _evaluate_in_fresh_process(folder: Path, spec: DataSpec) -> tuple[dict[str, float], np.ndarray]:
@@ -300,7 +323,7 @@ def _wait_for_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: Path, value: dict | list) -> None:
     write_atomic(path, json.dumps(value, indent=1).encode())
 
 

@@ -125,10 +125,14 @@ def test_the_card_reports_the_run(finished):
     assert any(abs(value - results["packed"]["metrics"]["accuracy"]) < 1e-9 for value in values)
 
 
-def test_pipeline_answers_with_label_names(finished):
+def test_pipeline_answers_as_recorded(finished):
     _, output, _ = finished
     classify = pipeline("text-classification", model=str(output / "packed"))
-    assert classify("the film was good")[0]["label"] in ("neg", "pos")
+    golden = json.loads((output / "packed" / "golden.json").read_text())
+    assert len(golden) == 4
+    for text, label, score in golden:
+        assert label in ("neg", "pos")
+        assert classify(text) == [{"label": label, "score": score}]
 
 
 def test_a_finished_run_is_not_done_again(finished, monkeypatch):
@@ -203,7 +207,8 @@ def test_evaluate_info_verify_pack_table(finished, workplace, tmp_path, capsys):
     assert cli.main(["verify", packed]) == 0
     assert cli.main(["info", packed]) == 0
     assert "MiB" in capsys.readouterr().out
-    assert cli.main(["pack", str(output / "stage-1-ternary" / "model"), str(tmp_path / "dense"), "--packing", "dense"]) == 0
+    latent = str(output / "stage-1-ternary" / "model")
+    assert cli.main(["pack", latent, str(tmp_path / "dense"), "--packing", "dense"]) == 0
     evaluate[1] = str(tmp_path / "dense")
     capsys.readouterr()
     assert cli.main(evaluate) == 0
@@ -250,7 +255,8 @@ def test_overrides_as_words_or_flags(arguments, tmp_path, workplace, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "command", [["verify", "no-such-folder"], ["info", "no-such-folder"], ["distill", "no.yaml"], ["table", "none.json"]]
+    "command",
+    [["verify", "no-such-folder"], ["info", "no-such-folder"], ["distill", "no.yaml"], ["table", "none.json"]],
 )
 def test_errors_are_one_line_with_the_file(command, capsys):
     assert cli.main(command) == 2

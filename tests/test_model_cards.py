@@ -1,0 +1,62 @@
+"""The committed zoo: every checkpoint in model_cards/ is what its results and card say."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForSequenceClassification, pipeline
+
+import modeling_qbert
+from trainers.recipe import DataSpec
+from trainers.results import read_results
+from trainers.run import evaluate_checkpoint
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/model.safetensors"))
+GLUE = ROOT.parent / "shared" / "data"  # development copies of the public data sets
+
+pytestmark = pytest.mark.skipif(not CARDS, reason="no checkpoint is committed in model_cards/")
+
+
+@pytest.fixture(params=CARDS, ids=lambda path: path.name)
+def folder(request) -> Path:
+    return request.param
+
+
+def test_bytes_are_those_of_the_results(folder):
+    modeling_qbert.verify_checkpoint(folder)
+    results, weights = read_results(folder / "results.json"), folder / "model.safetensors"
+    assert results["packed"]["bytes"] == weights.stat().st_size
+    assert results["packed"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert results["commit"] and not results["commit"].endswith("-dirty")
+    front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    values = {metric["type"]: metric["value"] for metric in front["model-index"][0]["results"][0]["metrics"]}
+    assert values.items() >= results["packed"]["metrics"].items()
+
+
+def test_pipeline_answers_as_recorded(folder):
+    """`golden.json`: sentences with the label and score that the checkpoint gave when it was published."""
+    golden = json.loads((folder / "golden.json").read_text())
+    classify = pipeline("text-classification", model=str(folder))
+    for text, label, score in golden:
+        answer = classify(text)
+        answer = answer[0] if isinstance(answer, list) else answer
+        assert answer["label"] == label
+        assert answer["score"] == pytest.approx(score, abs=1e-3)  # another CPU may round an exp or GELU otherwise
+
+
+def test_saving_again_gives_the_same_bytes(folder, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_score_of_the_card_is_reproduced_exactly(folder):
+    results = read_results(folder / "results.json")
+    task, split = results["task"], results["split"]
+    if not (GLUE / task / f"{split}.parquet").exists():
+        pytest.skip(f"needs the {split} split of {task}, which the repository does not ship")
+    spec = DataSpec(**(results["recipe"]["data"] | {"path": str(GLUE)}))
+    assert evaluate_checkpoint(str(folder), spec) == results["packed"]["metrics"]
