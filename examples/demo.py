@@ -22,8 +22,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 import modeling_qbert  # noqa: F401 (registers the packed families)
 from trainers.initialization import resolve_model
 from trainers.recipe import Recipe
-from trainers.results import main_score, metric_label
 from trainers.run import run_recipe
+from trainers.tables import main_score, metric_label
 
 
 ROOT = Path(__file__).resolve().parent.parent

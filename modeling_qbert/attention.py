@@ -63,7 +63,13 @@ def quantized_attention(
         rows_are_real = token_is_real if quantizer.per_tensor else None
         dtype = query.dtype
         query, key, value = query.float(), key.float(), value.float()
-        query_codes, key_codes = quantizer(query, rows_are_real), quantizer(key, rows_are_real)
+        if quantizer.per_tensor:
+            query_codes, key_codes = quantizer(query, rows_are_real), quantizer(key, rows_are_real)
+        else:  # their ranges lie within a token: one call for both
+            both = quantizer(torch.stack((query, key)))
+            query_codes, key_codes = (
+                Quantized(*(None if x is None else x[index] for x in both)) for index in range(2)
+            )
         value_codes = quantizer(value, token_is_real, dims=(-2, -1))
         scores = quantized_matmul(query, key.transpose(-1, -2), query_codes, _transposed(key_codes)) * scaling
         if attention_mask is not None:

@@ -83,11 +83,14 @@ class PackedFile:
             return torch.empty(record.shape, dtype=_DTYPES[record.dtype])
         return torch.frombuffer(raw, dtype=_DTYPES[record.dtype]).view(record.shape)
 
-    def json(self, key: str) -> Any:
+    def json(self, key: str) -> dict[str, Any]:
         try:
-            return json.loads(self.metadata[key])
-        except json.JSONDecodeError as error:
+            value = json.loads(self.metadata[key])
+        except (ValueError, RecursionError) as error:
             raise self.fail(f"metadata field {key!r} is not JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise self.fail(f"metadata field {key!r} must be a JSON object, found {type(value).__name__}")
+        return value
 
 
 def digest(name: str, dtype: str, shape: tuple[int, ...], data: Any) -> str:
@@ -105,7 +108,7 @@ def file_metadata(
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()
         if tensor.dtype not in _DTYPE_NAMES:
-            raise ValueError(f"tensor {name!r} must have a dtype of {sorted(_ITEM_SIZE)} to be saved, found {tensor.dtype}")
+            raise ValueError(f"tensor {name!r} must be of {sorted(_ITEM_SIZE)} to be saved, found {tensor.dtype}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"tensor {name!r} holds NaN or infinite values and is not saved")
         data = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
@@ -160,8 +163,8 @@ def stale_weights(folder: str) -> list[str]:
 def check_folder(folder: str) -> PackedFile | None:
     """Check what lies in a local checkpoint folder before Transformers opens it.
 
-    Returns the open file of a packed checkpoint, None of any other. A packed file without its `quantization_config`, and
-    the other way round, is an error: its codes would be taken for weights.
+    Returns the open file of a packed checkpoint, None of any other. A packed file without its `quantization_config`,
+    and the other way round, is an error: its codes would be taken for weights.
     """
     config, path = os.path.join(folder, "config.json"), os.path.join(folder, WEIGHTS_FILE)
     try:
@@ -172,8 +175,8 @@ def check_folder(folder: str) -> PackedFile | None:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qbert":
         if _is_packed_file(path):
             raise CheckpointError(
-                f"{config}: field 'quantization_config' must have quant_method 'qbert' for the packed weights of {path}, "
-                f"found {quantization!r}"
+                f"{config}: field 'quantization_config' must have quant_method 'qbert' for the packed weights of "
+                f"{path}, found {quantization!r}"
             )
         return None
     stale = stale_weights(folder)
@@ -237,7 +240,8 @@ def _record(path: str, name: str, entry: Any) -> TensorRecord:
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(
-            f"{path}: tensor {name!r} must have a dtype of {sorted(_ITEM_SIZE)}, a shape and two offsets, found {entry!r}"
+            f"{path}: tensor {name!r} must have a dtype of {sorted(_ITEM_SIZE)}, a shape and two offsets, "
+            f"found {entry!r}"
         ) from None
     record = TensorRecord(dtype, tuple(shape), *offsets)
     if record.end - record.begin != prod(shape) * _ITEM_SIZE[dtype]:
@@ -255,7 +259,7 @@ def _check_metadata(file: PackedFile) -> None:
         raise file.fail(f"header metadata lacks {missing}; this is not a packed checkpoint of this package")
     version = file.metadata["qbert_format_version"]
     if version != str(FORMAT_VERSION):
-        raise file.fail(f"format version {version!r} is not {FORMAT_VERSION}, which this package reads; update qbert-zoo")
+        raise file.fail(f"format version {version!r} is not {FORMAT_VERSION}, the one read here; update qbert-zoo")
     if file.metadata["qbert_packing"] not in PACKINGS:
         raise file.fail(f"packing {file.metadata['qbert_packing']!r} is not one of {PACKINGS}")
 
@@ -263,8 +267,8 @@ def _check_metadata(file: PackedFile) -> None:
 def check_digests(file: PackedFile) -> None:
     """Every tensor has a digest, and its bytes match."""
     digests = file.json("qbert_sha256")
-    if not isinstance(digests, dict) or set(digests) != set(file.tensors):
-        difference = sorted(set(file.tensors) ^ set(digests if isinstance(digests, dict) else ()))
+    difference = sorted(set(file.tensors) ^ set(digests))
+    if difference:
         raise file.fail(f"tensors and digests differ in {difference[:5]}")
     for name, record in file.tensors.items():
         if digest(name, record.dtype, record.shape, file.data[record.begin : record.end]) != digests[name]:
@@ -272,7 +276,7 @@ def check_digests(file: PackedFile) -> None:
 
 
 def check_tensors(file: PackedFile, expected: Mapping[str, Expected]) -> None:
-    """dtype, shape, codes and scales of every tensor in `expected`, which must all be in the file; and all are finite."""
+    """dtype, shape, codes and scales of every tensor in `expected`, all of which the file has; and all are finite."""
     for name, want in expected.items():
         record = file.tensors[name]
         dtypes = ("U8",) if want.packing else ("F32",) if want.is_scale else ("F32", "BF16", "F16")
@@ -281,7 +285,8 @@ def check_tensors(file: PackedFile, expected: Mapping[str, Expected]) -> None:
         if record.shape != want.shape:
             raise file.fail(f"tensor {name!r} must have shape {list(want.shape)}, found {list(record.shape)}")
     if len(file.float_dtypes) > 1:
-        raise file.fail(f"tensors that are not packed must have one dtype, found {sorted(map(str, file.float_dtypes))}")
+        found = sorted(map(str, file.float_dtypes))
+        raise file.fail(f"tensors that are not packed must have one dtype, found {found}")
     for name, record in file.tensors.items():
         tensor, want = file.tensor(name), expected.get(name)
         if want is not None and want.packing and (invalid := find_invalid_code(tensor, want.columns, want.packing)):
@@ -294,8 +299,8 @@ def check_tensors(file: PackedFile, expected: Mapping[str, Expected]) -> None:
             raise file.fail(f"tensor {name!r} holds NaN or infinite values")
         if want is not None and want.is_scale and not bool(((tensor >= MIN_SCALE) & (tensor < MAX_SCALE)).all()):
             raise file.fail(
-                f"tensor {name!r} must hold scales in [{MIN_SCALE:g}, {MAX_SCALE:g}), found {float(tensor.min()):g} to "
-                f"{float(tensor.max()):g}"
+                f"tensor {name!r} must hold scales in [{MIN_SCALE:g}, {MAX_SCALE:g}), "
+                f"found {float(tensor.min()):g} to {float(tensor.max()):g}"
             )
 
 

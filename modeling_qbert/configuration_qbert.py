@@ -6,6 +6,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig, ElectraConfig, PreTrainedConfig, RobertaConfig
+from transformers.activations import ACT2FN
 
 from .checkpoint import CheckpointError
 from .layers import WeightSpec
@@ -14,7 +15,7 @@ from .quantizers import GRANULARITIES, ActivationQuantizer
 
 Granularity = Literal["per_tensor", "per_row", "per_group"]
 
-# Inclusive ranges of every whole number a model is built from: far above any BERT, far below what would hang a machine.
+# Inclusive ranges of every whole number a model is built from: far above any BERT, below what would hang a machine.
 _RANGES = {
     "vocab_size": (1, 2_000_000),
     "hidden_size": (1, 16_384),
@@ -37,8 +38,8 @@ class LowBitConfig(PreTrainedConfig):
 
     Args:
         bits (`str`, *optional*, defaults to `"2-2-8"`):
-            W-E-A: bits of encoder weights, word embedding and activations. 2 is ternary {-1, 0, +1}, 8 is symmetric int8,
-            32 is full precision; activations have 8, 4 or 32. Quantized activations need quantized weights.
+            W-E-A: bits of encoder weights, word embedding and activations. 2 is ternary {-1, 0, +1}, 8 is symmetric
+            int8, 32 is full precision; activations have 8, 4 or 32. Quantized activations need quantized weights.
         weight_quantizer (`"twn"` or `"lat"`, *optional*, defaults to `"twn"`):
             Ternary quantizer: approximation based (TWN) or loss aware (LAT).
         weight_granularity, embedding_granularity (*optional*, default to `"per_tensor"` and `"per_row"`):
@@ -69,11 +70,12 @@ class LowBitConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path}/config.json: field 'model_type' must be one of "
                 f"{sorted(set(accepted))} to make a {cls.model_type} model, found {found!r}"
             )
-        return fields | {"model_type": cls.model_type or found, "name_or_path": str(pretrained_model_name_or_path)}, kwargs
+        path = str(pretrained_model_name_or_path)
+        return fields | {"model_type": cls.model_type or found, "name_or_path": path}, kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in `PreTrainedConfig`; what is wrong with a file's fields is one `CheckpointError` that names the file."""
+        """As in `PreTrainedConfig`; what is wrong with a file's fields is a `CheckpointError` that names the file."""
         path = kwargs.get("name_or_path") or config_dict.get("name_or_path")
         # Transformers sets overrides after birth, when nothing checks them any more.
         overrides = {name: kwargs.pop(name) for name in low_bit_fields() if name in kwargs}
@@ -117,6 +119,13 @@ class LowBitConfig(PreTrainedConfig):
             )
         if getattr(self, "transformers_weights", None) is not None:
             raise ValueError("config field `transformers_weights` is not accepted: it names a file to load instead")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"config field `hidden_act` must be one of {sorted(ACT2FN)}, found {self.hidden_act!r}")
+        if self.chunk_size_feed_forward:
+            raise ValueError(
+                "config field `chunk_size_feed_forward` must be 0 (a chunk would have activation ranges of its own), "
+                f"found {self.chunk_size_feed_forward!r}"
+            )
         if self.layer_norm_eps <= 0 or self.layer_norm_eps > 1:
             raise ValueError(f"config field `layer_norm_eps` must be in (0, 1], found {self.layer_norm_eps!r}")
         known = {"quantization_config", *type(self).__dataclass_fields__}

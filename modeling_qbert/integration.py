@@ -60,14 +60,9 @@ class QbertQuantizer(HfQuantizer):
         if checkpoint_files is not None:
             names = [os.path.basename(path) for path in checkpoint_files]
             if names != [WEIGHTS_FILE]:
-                raise CheckpointError(
-                    f"{os.path.dirname(checkpoint_files[0])}: a packed checkpoint is one file {WEIGHTS_FILE}, found {names}"
-                )
+                folder = os.path.dirname(checkpoint_files[0])
+                raise CheckpointError(f"{folder}: a packed checkpoint is one file {WEIGHTS_FILE}, found {names}")
             self.float_dtypes = check_file(checkpoint_files[0], model, self.quantization_config.packing).float_dtypes
-
-    def _process_model_after_weight_loading(self, model: nn.Module, **_):
-        own_memory(model)
-        return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         tied = set(model.all_tied_weights_keys)

@@ -1,4 +1,4 @@
-"""What every low-bit model adds to its Transformers class: quantized leaves, `pack()`, `dequantize()`, strict loading."""
+"""What every low-bit model adds to its Transformers class: quantized layers, packing, strict loading."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ from transformers.models.roberta.modeling_roberta import RobertaClassificationHe
 from .attention import quantized_attention  # noqa: F401 (registers the attention functions)
 from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import low_bit_fields
-from .integration import QbertConfig, QbertQuantizer, link_decoder
+from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory
 from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, pack_layer
 from .ops import dequantize_weight
 from .packing import PACKINGS
@@ -39,7 +39,7 @@ def check_inputs(module: nn.Module, args: tuple, kwargs: dict) -> None:
     if given is None or torch.compiler.is_compiling():
         return
     if given.dim() < 2 or 0 in given.shape:
-        raise ValueError(f"input_ids must be (B, T) with at least one sentence of one token, found {list(given.shape)}")
+        raise ValueError(f"input_ids must be (B, T), at least one sentence of one token, found {list(given.shape)}")
     positions = module.embeddings.position_embeddings
     limit = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
     if given.shape[1] > limit:
@@ -118,15 +118,16 @@ class LowBitMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As `PreTrainedModel.from_pretrained`, strict: a missing backbone tensor is an error that names it."""
-        source = os.path.join(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        source = os.path.join(str(pretrained_model_name_or_path), *filter(None, [kwargs.get("subfolder")]))
         if os.path.isfile(os.path.join(source, "config.json")):
             check_folder(source)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
-        except (CheckpointError, SafetensorError, RuntimeError) as error:
-            if source in str(error) or (type(error) is RuntimeError and "mismatch" not in str(error)):
+        except (ValueError, SafetensorError, RuntimeError) as error:
+            foreign = isinstance(error, RuntimeError) and "mismatch" not in str(error)
+            if foreign or (isinstance(error, CheckpointError) and source in str(error)):
                 raise
             raise CheckpointError(f"{source}: {error}") from error
         types = getattr(getattr(model, "hf_quantizer", None), "float_dtypes", {model.dtype})
@@ -141,6 +142,7 @@ class LowBitMixin:
                 f"{pretrained_model_name_or_path}: {len(missing)} tensors of the {model.base_model_prefix} "
                 f"backbone are missing: {missing[:5]}"
             )
+        own_memory(model)
         model.update_scales(None)
         return (model, info) if output_loading_info else model
 

@@ -128,11 +128,11 @@ def _product(a: Quantized, b: Quantized) -> Tensor:
     """a (..., N, K) @ b (..., K, M) of float codes, scales broadcastable outside K: exact sums, then scales."""
     y = (a.codes @ b.codes).mul_(a.scale * b.scale)
     if b.offset is not None:
-        y = y + (a.codes.sum(-1, keepdim=True) * a.scale) * b.offset
+        y.add_((a.codes.sum(-1, keepdim=True) * a.scale) * b.offset)
     if a.offset is not None:
-        y = y + a.offset * (b.codes.sum(-2, keepdim=True) * b.scale)
+        y.add_(a.offset * (b.codes.sum(-2, keepdim=True) * b.scale))
         if b.offset is not None:
-            y = y + a.codes.shape[-1] * a.offset * b.offset
+            y.add_(a.codes.shape[-1] * a.offset * b.offset)
     return y
 
 

@@ -239,7 +239,7 @@ class SoftmaxCodes(torch.autograd.Function):
         ctx, scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         levels = 2**bits - 1
-        e = torch.exp(scores - scores.amax(-1, keepdim=True))
+        e = (scores - scores.amax(-1, keepdim=True)).exp_()
         total = e.sum(-1, keepdim=True, dtype=torch.float64).to(e.dtype)
         probabilities = e / total
         if per_tensor:
@@ -247,7 +247,7 @@ class SoftmaxCodes(torch.autograd.Function):
             largest = rows.amax().view(1, 1, 1, 1).clamp_min(TINY)
             codes, scale = torch.round(probabilities * (levels / largest)).clamp_max(levels), largest / levels
         else:
-            codes, scale = torch.round(e * levels), 1 / (levels * total)
+            codes, scale = (e * levels).round_(), 1 / (levels * total)
         ctx.save_for_backward(probabilities)
         ctx.mark_non_differentiable(codes, scale)
         return probabilities, codes, scale

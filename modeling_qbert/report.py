@@ -24,9 +24,9 @@ def checkpoint_report(folder: str | os.PathLike) -> dict[str, Any]:
     """Sizes of a packed checkpoint; contents are not checked (see `verify_checkpoint`).
 
     Returns `architecture`, `bits`, `packing`; `parts` (name -> bytes, whose sum is the file), `bytes`, `MB` (10^6) and
-    `MiB` (2^20) of the file; `parameters` and `fp32_bytes` of the same model in full precision and their `ratio` to the
-    file; and `papers`, the way TernaryBERT's tables count: word embedding, encoder and pooler at their bits, everything
-    else at 32 and no row scales, in MiB, against all parameters at 32 bits.
+    `MiB` (2^20) of the file; `parameters` and `fp32_bytes` of the same model in full precision and their `ratio` to
+    the file; and `papers`, the way TernaryBERT's tables count: word embedding, encoder and pooler at their bits,
+    everything else at 32 and no row scales, in MiB, against all parameters at 32 bits.
     """
     model, file = _open(os.fspath(folder), check=False)
     expected, prefix = expected_tensors(model), model.base_model_prefix + "."
@@ -90,7 +90,7 @@ def format_report(folder: str | os.PathLike) -> str:
 
 
 def _part(name: str, packed: bool, in_backbone: bool) -> str:
-    """Part of a tensor; `name` without the backbone's prefix. Packed tensors after the encoder do the pooler's work."""
+    """Part of a tensor; `name` without the backbone's prefix. A packed layer after the encoder is a pooler."""
     if name.endswith("weight_scale"):
         return "scales"
     if in_backbone and name == "embeddings.word_embeddings.weight":
@@ -120,14 +120,14 @@ def _open(folder: str, check: bool) -> tuple[PreTrainedModel, PackedFile]:
         raise CheckpointError(f"{path}: field 'architectures' is {name!r}, no model of type {config.model_type!r}")
     try:
         quantization = QbertConfig.from_dict(dict(config.quantization_config))
-    except (CheckpointError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    with torch.device("meta"):
-        model = model_class(config)
+        with torch.device("meta"):
+            model = model_class(config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
     swap_to_packed(model, quantization.packing)
     if check:
         check_file(os.path.join(folder, WEIGHTS_FILE), model, quantization.packing)
-        saved = config.dtype
-        if saved is not None and saved not in file.float_dtypes:
-            raise CheckpointError(f"{path}: field 'dtype' is {saved}, the file holds {sorted(map(str, file.float_dtypes))}")
+        if config.dtype is not None and config.dtype not in file.float_dtypes:
+            held = sorted(map(str, file.float_dtypes))
+            raise CheckpointError(f"{path}: field 'dtype' is {config.dtype}, the file holds {held}")
     return model, file

@@ -17,7 +17,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .data import TASKS
-from .results import escape_markdown, main_score, metric_label, task_label, validate_results, write_atomic
+from .results import validate_results, write_atomic
+from .tables import escape_markdown, main_score, metric_label, task_label
 
 
 CARD_NAME = "README.md"

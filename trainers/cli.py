@@ -99,8 +99,8 @@ def _distill(arguments: argparse.Namespace) -> None:
     from .recipe import Recipe
 
     recipe = Recipe.from_yaml(arguments.recipe, arguments.overrides)
-    from .results import render_table
     from .run import run_recipe
+    from .tables import render_table
 
     output = Path(arguments.output or Path("runs") / recipe.name)
     results = run_recipe(recipe, output)
@@ -183,7 +183,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    from .results import load_results, plot_results, render_table
+    from .results import load_results
+    from .tables import plot_results, render_table
 
     results = load_results(arguments.results)
     print(render_table(results))

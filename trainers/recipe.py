@@ -159,13 +159,13 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Builds and checks a recipe from plain values. Raises `ValueError` naming the field."""
-        return _build(cls, values, "")
+        return build_dataclass(cls, values, "")
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Reads a recipe file and applies dotted `key=value` overrides. Raises `ValueError` naming file and field."""
         try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
             _require(isinstance(values, dict), "top level", "a mapping", type(values).__name__)
             for override in overrides:
                 _override(values, override)
@@ -228,7 +228,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _build(cls: type, values: Any, where: str) -> Any:
+def build_dataclass(cls: type, values: Any, where: str) -> Any:
     """Dataclass `cls` from a mapping; `where` is the dotted path for error messages."""
     _require(isinstance(values, Mapping), where or "recipe", "a mapping", values)
     known = [item.name for item in fields(cls)]
@@ -252,7 +252,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
+        return build_dataclass(hint, value, where)
     if origin is tuple:
         _require(isinstance(value, list | tuple), where, "a list", value)
         return tuple(_convert(item, arguments[0], f"{where}.{i}") for i, item in enumerate(value))
@@ -319,7 +319,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     path = key.strip().split(".")
     _require(equals and all(path), f"override {override!r}", "key=value with a dotted key", override)
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
+        value = yaml.load(text, Loader=UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"override {override!r}: expected a YAML value, found: {error}") from error
     if path[0] in _hints(Stage) and path[0] not in _hints(Recipe):
@@ -351,7 +351,7 @@ def _assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
             node = node[key]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, where YAML would keep the last one silently."""
 
     def construct_mapping(self, node, deep=False):

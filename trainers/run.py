@@ -35,7 +35,8 @@ from .distillation import DistillationArguments, DistillationTrainer
 from .initialization import initial_student, load_teacher, resolve_model, student_config
 from .metrics import compute_metrics_for, score
 from .recipe import DataSpec, Recipe, Stage
-from .results import RESULTS_NAME, environment, plot_training, read_results, write_atomic, write_results
+from .results import RESULTS_NAME, environment, read_results, write_atomic, write_results
+from .tables import plot_training
 
 
 DONE = "DONE.json"  # written last into a finished teacher or stage folder

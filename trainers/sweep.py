@@ -40,16 +40,9 @@ from typing import Any
 
 import yaml
 
-from .recipe import FOLDER_NAME, Recipe, _build, _UniqueKeyLoader
-from .results import (
-    FIELDS,
-    RESULTS_NAME,
-    main_score,
-    metric_label,
-    read_results,
-    validate_results,
-    write_results,
-)
+from .recipe import FOLDER_NAME, Recipe, UniqueKeyLoader, build_dataclass
+from .results import FIELDS, RESULTS_NAME, read_results, validate_results, write_results
+from .tables import main_score, metric_label
 
 
 Execute = Callable[[Recipe, Path], Mapping[str, Any]]
@@ -144,8 +137,8 @@ def _check_names(names: Sequence[Any], where: str) -> None:
 
 
 def _expand(path: Path, data_path: str | Path | None) -> Sweep:
-    values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    spec = _build(_SweepFile, values, "")
+    values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+    spec = build_dataclass(_SweepFile, values, "")
     tasks: list[str | None] = [None] if spec.tasks is None else list(spec.tasks)
     known = [] if spec.tasks is None else tasks
     _check_names([spec.name], "name")

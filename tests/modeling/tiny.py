@@ -13,7 +13,7 @@ from modeling_qbert.layers import PackedEmbedding, PackedLinear, QuantEmbedding,
 from modeling_qbert.modeling_ternary import HEADS
 
 
-# Odd on purpose: 36 columns are no whole number of 5-code bytes, 50 of neither layout, a group of 7 leaves a short one.
+# Odd on purpose: 36 columns are no whole number of 5-code bytes, 50 none of 4-code bytes; 7 leaves a short group.
 ODD = {
     "hidden_size": 36,
     "num_hidden_layers": 2,

@@ -6,19 +6,9 @@ import sys
 import pytest
 
 from trainers import results as module
-from trainers.results import (
-    environment,
-    escape_markdown,
-    load_results,
-    plot_results,
-    plot_training,
-    published_drop,
-    read_results,
-    render_table,
-    variant_of,
-    write_atomic,
-    write_results,
-)
+from trainers import tables
+from trainers.results import environment, load_results, read_results, write_atomic, write_results
+from trainers.tables import escape_markdown, plot_results, plot_training, published_drop, render_table, variant_of
 
 
 DIGEST = "0123456789abcdef" * 4
@@ -337,7 +327,7 @@ def log_history(steps=20):
 
 
 def test_curves_are_the_terms_and_the_scores_only():
-    losses, scores = module._curves(log_history())
+    losses, scores = tables._curves(log_history())
     assert set(losses) == {"loss", "loss logits", "loss hidden states"} and set(scores) == {"accuracy"}
     assert scores["accuracy"][50] == pytest.approx(55.0) and len(losses["loss"]) == 20
 
@@ -352,7 +342,7 @@ def test_one_panel_per_task_and_no_empty_ones(monkeypatch):
     from matplotlib.figure import Figure
 
     figure = Figure()
-    monkeypatch.setattr(module, "_save_figure", lambda draw, _size, _path: draw(figure))
+    monkeypatch.setattr(tables, "_save_figure", lambda draw, _size, _path: draw(figure))
     plot_results([make_results(task) for task in ("rte", "sst2", "mrpc", "other")], "unused.png")
     assert [axis.get_title().splitlines()[0] for axis in figure.axes] == ["SST-2", "MRPC", "RTE", "other"]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["teacher", "twn"]

@@ -165,7 +165,7 @@ def test_other_backbones(workplace, tmp_path, backbone):
     assert model.config.quantization_config.packing == "dense"
 
 
-def test_killed_and_started_again_ends_in_the_same_file(finished, workplace, tmp_path):
+def test_killed_and_started_again_ends_in_the_same_file(finished, tmp_path):
     recipe, output, results = finished
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(recipe.to_yaml())
@@ -245,7 +245,7 @@ def test_overrides_as_words_or_flags(arguments, tmp_path, workplace, monkeypatch
     recipe_file.write_text(make_recipe(workplace).to_yaml())
     seen = []
 
-    def record(recipe, output):
+    def record(recipe, _):
         seen.append((recipe.data.path, recipe.seed))
         raise ValueError("enough")
 

@@ -10,8 +10,9 @@ import yaml
 
 from trainers import sweep as module
 from trainers.recipe import Recipe
-from trainers.results import load_results, read_results, render_table
+from trainers.results import load_results, read_results
 from trainers.sweep import collect, load_sweep, run_sweep
+from trainers.tables import render_table
 
 
 ROOT = Path(__file__).parents[2]
