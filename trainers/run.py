@@ -32,7 +32,7 @@ from .card import write_card
 from .checkpointing import AtomicCheckpointMixin, folder_lock, newest_complete_checkpoint
 from .data import Task, data_identity, label_config, load_data, task_of, tokenize
 from .distillation import DistillationArguments, DistillationTrainer
-from .initialization import initial_student, load_teacher, resolve_model, student_config
+from .initialization import BUNDLED, initial_student, load_teacher, resolve_model, student_config
 from .metrics import compute_metrics_for, score
 from .recipe import DataSpec, Recipe, Stage
 from .results import RESULTS_NAME, environment, read_results, write_atomic, write_results
@@ -40,11 +40,6 @@ from .tables import plot_training
 
 
 DONE = "DONE.json"  # written last into a finished teacher or stage folder
-SENTENCE_TEACHER = (
-    "The backbone was tuned on sentence pairs that include SNLI and MultiNLI, Quora duplicates and SQuAD questions."
-)
-
-
 GOLDEN_TEXTS = (
     "a gripping, funny film",
     "two hours that feel like four",
@@ -282,7 +277,8 @@ class _Run:
         }
         write_results(packed_folder / RESULTS_NAME, results)
         write_golden(packed_folder, pairs="text_pair" in self.data[recipe.data.eval_split].column_names)
-        write_card(packed_folder, results, base_model=recipe.teacher.model, limitations=SENTENCE_TEACHER)
+        *_, limitations = BUNDLED.get(recipe.teacher.model, ("",))
+        write_card(packed_folder, results, base_model=recipe.teacher.model, limitations=limitations)
         write_results(self.output / RESULTS_NAME, results)
         return results
 

@@ -191,10 +191,10 @@ def test_bundled_weights_are_checked(monkeypatch, tmp_path):
     (package / "__init__.py").write_text("")
     (package / "model" / "model.safetensors").write_bytes(b"other weights")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(initialization.BUNDLED, "hub/model", ("fake_weights", "model", "0" * 64))
+    monkeypatch.setitem(initialization.BUNDLED, "hub/model", ("fake_weights", "model", "0" * 64, ""))
     with pytest.raises(ValueError, match=r"model\.safetensors: expected SHA-256 0000"):
         initialization.resolve_model("hub/model")
-    monkeypatch.setitem(initialization.BUNDLED, "hub/other", ("no_such_package", "model", "0" * 64))
+    monkeypatch.setitem(initialization.BUNDLED, "hub/other", ("no_such_package", "model", "0" * 64, ""))
     assert initialization.resolve_model("hub/other") == "hub/other"
 
 
