@@ -1,6 +1,7 @@
 """The runner end to end on a tiny random backbone: teacher, stages, pack, proof in a fresh process, card, resume."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -170,9 +171,12 @@ def test_killed_and_started_again_ends_in_the_same_file(finished, tmp_path):
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "trainers.cli", "distill", str(recipe_file), "--output", str(tmp_path / "run")]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as this process: sums over a batch depend on it
     # Killed once a checkpoint of the teacher exists, and once one of the second stage does.
     for checkpoint in ("teachers/*/training/checkpoint-*", "stage-1-ternary/checkpoint-*"):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=one_thread
+        )
         deadline = time.monotonic() + 120
         while not list((tmp_path / "run").glob(checkpoint)):
             assert process.poll() is None, process.stderr.read()[-2000:]
@@ -181,7 +185,7 @@ def test_killed_and_started_again_ends_in_the_same_file(finished, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (tmp_path / "run" / "results.json").exists()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env=one_thread)
     assert read_results(tmp_path / "run" / "results.json")["packed"]["sha256"] == results["packed"]["sha256"]
 
 
