@@ -179,7 +179,7 @@ def test_killed_and_started_again_ends_in_the_same_file(finished, tmp_path):
         )
         deadline = time.monotonic() + 120
         while not list((tmp_path / "run").glob(checkpoint)):
-            assert process.poll() is None, process.stderr.read()[-2000:]
+            assert process.poll() is None, process.stderr.read()[-2000:].decode()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
