@@ -10,9 +10,10 @@ A weight of O rows and I columns becomes a uint8 tensor of O rows; every row sta
 
     byte   (c0 + 1) + 3 (c1 + 1) + 9 (c2 + 1) + 27 (c3 + 1) + 81 (c4 + 1)        243..255 are errors
 
-`int8`, one signed byte a weight (as stored in uint8: two's complement), for 8-bit weights; -128 is an error.
+`int8`, one signed byte a weight (as stored in uint8: two's complement), for 8-bit weights; -128 is an error. One more
+byte ends each row: no packed tensor has the shape of the float weight, so none can be loaded as one.
 
-Columns past I in the last byte of a row are stored as the digit 0 (2bit, dense), and anything else there is an error.
+Columns past I in the last byte of a row are stored as the digit 0, and anything else there is an error.
 """
 
 from functools import lru_cache
@@ -24,18 +25,18 @@ from torch import Tensor
 FORMAT_VERSION = 1
 PACKINGS = ("2bit", "dense")  # the layouts a user may choose for ternary codes
 _DIGITS = {"2bit": 4, "dense": 5, "int8": 1}  # codes a byte
-_BASE = {"2bit": 4, "dense": 3}
+_BASE = {"2bit": 4, "dense": 3, "int8": 256}
 
 
 def packed_columns(columns: int, packing: str) -> int:
     """Bytes of one row of `columns` codes."""
-    return -(-columns // _DIGITS[packing])
+    return columns + 1 if packing == "int8" else -(-columns // _DIGITS[packing])
 
 
 def pack_codes(codes: Tensor, packing: str) -> Tensor:
     """int8 codes (O, I) -> uint8 (O, packed_columns(I))."""
     if packing == "int8":
-        return codes.contiguous().view(torch.uint8)
+        return torch.nn.functional.pad(codes, (0, 1)).view(torch.uint8)
     digits, base = _DIGITS[packing], _BASE[packing]
     rows, columns = codes.shape
     padded = torch.zeros(rows, packed_columns(columns, packing) * digits, dtype=torch.int32, device=codes.device)
@@ -47,7 +48,7 @@ def pack_codes(codes: Tensor, packing: str) -> Tensor:
 def unpack_codes(packed: Tensor, columns: int, packing: str) -> Tensor:
     """uint8 (O, bytes) -> int8 codes (O, columns)."""
     if packing == "int8":
-        return packed.view(torch.int8)
+        return packed[:, :columns].contiguous().view(torch.int8)
     table = _code_table(packing, packed.device)
     return table[packed.int()].flatten(1)[:, :columns].contiguous()
 

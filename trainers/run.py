@@ -120,6 +120,7 @@ def _check_recipe(recipe: Recipe, output: Path) -> None:
 class _Run:
     def __init__(self, recipe: Recipe, output: Path, teachers: Path):
         self.recipe, self.output, self.started = recipe, output, time.time()
+        self.environment = environment()  # the commit that trains, whatever is checked out meanwhile
         spec = recipe.data
         self.data = load_data(spec)
         self.labels = label_config(self.data)
@@ -273,7 +274,7 @@ class _Run:
             "data": self.identity,
             "stages": stages,
             "seconds": time.time() - self.started,
-            **environment(),
+            **self.environment,
         }
         write_results(packed_folder / RESULTS_NAME, results)
         write_golden(packed_folder, pairs="text_pair" in self.data[recipe.data.eval_split].column_names)

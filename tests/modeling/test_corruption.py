@@ -183,7 +183,7 @@ def bad_code(header, data, name, rng):
     begin, end = header[name]["data_offsets"]
     columns = header[name]["shape"][1]
     at = rng.randrange(begin, end)
-    data[at] = 128 if columns in (36, 50) else 255
+    data[at] = 128 if columns in (37, 51) else 255  # 36 and 50 columns of 8 bits, and a pad
     return [name, f"row {(at - begin) // columns}, column"]
 
 

@@ -1,13 +1,14 @@
 """From plain checkpoints to latent models, masked-LM heads, loss-aware scales, and clear refusals."""
 
 import copy
+import json
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from tiny import BACKBONE_SIZES, EVERY_HEAD, ODD, answers, assert_same_codes, config, inputs, latent, randomize
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from modeling_qbert import CheckpointError, get_model_class
 from modeling_qbert.layers import PackedLinear, QuantEmbedding, QuantLinear
@@ -120,6 +121,17 @@ def test_packed_weights_are_not_taken_for_latent_ones(tmp_path):
 
 
 # Masked-LM heads
+
+
+@pytest.mark.parametrize("bits", ["2-2-8", "8-8-8"])
+def test_a_packed_file_never_loads_as_float_weights(bits, tmp_path):
+    """Not even when config.json is edited into a plain BERT's: no packed tensor has the shape of its float weight."""
+    latent(bits=bits).pack().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -34,7 +34,7 @@ def test_layouts_drawn_in_the_docstring():
     codes = torch.tensor([[-1, 0, 1, 1, -1, 1]], dtype=torch.int8)
     assert pack_codes(codes, "2bit").tolist() == [[0b10_10_01_00, 0b00_00_10_00]]
     assert pack_codes(codes, "dense").tolist() == [[0 + 3 * 1 + 9 * 2 + 27 * 2 + 81 * 0, 2]]
-    assert pack_codes(torch.tensor([[-127, -1, 0, 127]], dtype=torch.int8), "int8").tolist() == [[129, 255, 0, 127]]
+    assert pack_codes(torch.tensor([[-127, -1, 0, 127]], dtype=torch.int8), "int8").tolist() == [[129, 255, 0, 127, 0]]
     assert [packed_columns(n, "2bit") for n in (1, 4, 5, 768)] == [1, 1, 2, 192]
     assert [packed_columns(n, "dense") for n in (1, 5, 6, 768)] == [1, 1, 2, 154]
 

@@ -115,5 +115,3 @@ def sign(header: dict, data: bytes) -> dict:
             digests[name] = sha.hexdigest()
     header["__metadata__"]["qbert_sha256"] = json.dumps(digests)
     return header
-
-
