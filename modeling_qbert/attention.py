@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from .ops import quantized_matmul
-from .quantizers import ActivationQuantizer, Quantized, SoftmaxCodes
+from .quantizers import ActivationQuantizer, Quantized, SoftmaxCodes, softmax_codes
 
 
 MASKED = -1e3  # an additive mask below this hides a key: masks hold 0 and -10,000 or the least number of their type
@@ -74,7 +74,8 @@ def quantized_attention(
         scores = quantized_matmul(query, key.transpose(-1, -2), query_codes, _transposed(key_codes)) * scaling
         if attention_mask is not None:
             scores = scores + attention_mask
-        probabilities, codes, scale = SoftmaxCodes.apply(scores, quantizer.bits, quantizer.per_tensor, rows_are_real)
+        softmax = SoftmaxCodes.apply if torch.is_grad_enabled() else softmax_codes
+        probabilities, codes, scale = softmax(scores, quantizer.bits, quantizer.per_tensor, rows_are_real)
         if dropout and module.training:
             kept = torch.bernoulli(torch.full_like(codes, 1 - dropout))
             probabilities, codes, scale = probabilities * kept / (1 - dropout), codes * kept, scale / (1 - dropout)

@@ -1,6 +1,7 @@
 """Configurations: the backbone's own fields plus what makes a model low-bit, checked when a config is born."""
 
 import re
+from functools import lru_cache
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -137,10 +138,7 @@ class LowBitConfig(PreTrainedConfig):
     @property
     def bit_widths(self) -> tuple[int, int, int]:
         """(weights, word embedding, activations)."""
-        if not isinstance(self.bits, str) or not re.fullmatch(r"\d{1,2}-\d{1,2}-\d{1,2}", self.bits):
-            raise ValueError(f"config field `bits` must be W-E-A like '2-2-8', found {self.bits!r}")
-        weight, embedding, activation = (int(part) for part in self.bits.split("-"))
-        return weight, embedding, activation
+        return _bit_widths(self.bits)
 
     @property
     def weight_spec(self) -> WeightSpec | None:
@@ -155,12 +153,7 @@ class LowBitConfig(PreTrainedConfig):
     @property
     def activation_quantizer_spec(self) -> ActivationQuantizer | None:
         """Quantizer of linear inputs and attention factors, None in full precision."""
-        bits = self.bit_widths[2]
-        if bits == 32:
-            return None
-        return ActivationQuantizer(
-            bits, self.activation_quantizer == "symmetric", self.activation_granularity == "per_tensor"
-        )
+        return _activation_quantizer(self.bits, self.activation_quantizer, self.activation_granularity)
 
     def _spec(self, bits: int, granularity: str) -> WeightSpec | None:
         if bits == 32:
@@ -174,6 +167,23 @@ class LowBitConfig(PreTrainedConfig):
         names |= {name for name in vars(self) if name.startswith("summary_") and "dropout" not in name}
         fields = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
         return {"model_type": self.model_type, **fields}
+
+
+@lru_cache
+def _bit_widths(bits: str) -> tuple[int, int, int]:
+    if not isinstance(bits, str) or not re.fullmatch(r"\d{1,2}-\d{1,2}-\d{1,2}", bits):
+        raise ValueError(f"config field `bits` must be W-E-A like '2-2-8', found {bits!r}")
+    weight, embedding, activation = (int(part) for part in bits.split("-"))
+    return weight, embedding, activation
+
+
+@lru_cache
+def _activation_quantizer(bits: str, quantizer: str, granularity: str) -> ActivationQuantizer | None:
+    """Cached: every attention layer asks for it in every forward pass."""
+    activation_bits = _bit_widths(bits)[2]
+    if activation_bits == 32:
+        return None
+    return ActivationQuantizer(activation_bits, quantizer == "symmetric", granularity == "per_tensor")
 
 
 def low_bit_fields() -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops import dequantize_weight, has_fast_int8, quantized_linear, sum_codes
+from .ops import dequantize_weight, has_fast_int8, quantized_linear, scaled_code_sums
 from .packing import pack_codes, packed_columns, unpack_codes
 from .quantizers import (
     WEIGHT_QUANTIZERS,
@@ -149,7 +149,7 @@ def _linear(
     x: Tensor,
     latent: Tensor | None,
     weight: Quantized,
-    code_sums: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     spec = layer.spec
     if layer.activation is None:
@@ -158,7 +158,7 @@ def _linear(
         return F.linear(x, value.to(x.dtype), layer.bias)
     activation = _quantize_input(x, layer.activation, layer.token_mask)
     rows = x.reshape(-1, x.shape[-1])
-    y = quantized_linear(rows, latent, layer.bias, activation, weight, spec.bound, spec.group_size, code_sums)
+    y = quantized_linear(rows, latent, layer.bias, activation, weight, spec.bound, spec.group_size, sums)
     return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
 
@@ -246,11 +246,11 @@ class PackedLinear(_PackedMixin, nn.Module):
         self.activation, self.token_mask, self._codes = activation, None, None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, code_sums = self._runtime_weight()
-        return _linear(self, x, None, weight, code_sums)
+        weight, sums = self._runtime_weight()
+        return _linear(self, x, None, weight, sums)
 
     def _runtime_weight(self) -> tuple[Quantized, Tensor | None]:
-        """Codes, scale and sums of codes. int8 codes (a quarter of fp32) and their sums are kept after the first use
+        """Codes, scale and scaled sums of codes. int8 codes (a quarter of fp32) and sums are kept after the first use
         where an integer product uses them; otherwise every use unpacks."""
         if self._codes is not None:
             codes, sums = self._codes
@@ -259,7 +259,7 @@ class PackedLinear(_PackedMixin, nn.Module):
         if self.activation is None or torch.compiler.is_compiling():
             return weight, None
         if has_fast_int8(weight.codes.device):
-            self._codes = (weight.codes, sum_codes(weight, self.spec.bound, self.spec.group_size))
+            self._codes = (weight.codes, scaled_code_sums(weight, self.spec.bound, self.spec.group_size))
         return weight, None
 
     def quantize_weight(self) -> Quantized:

@@ -35,34 +35,38 @@ def matmul_codes(x: Tensor, weight: Tensor, bound: int) -> Tensor:
 
 
 def linear_codes(
-    x: Quantized, weight: Quantized, bias: Tensor | None, bound: int, group_size: int, code_sums: Tensor | None = None
+    x: Quantized, weight: Quantized, bias: Tensor | None, bound: int, group_size: int, sums: Tensor | None = None
 ) -> Tensor:
     """Linear layer of an activation (N, I) and a weight (O, I), both int8 codes -> float32 (N, O).
 
-    y = sum over groups of (bias +) x offset * weight scale * sum of weight codes + code products * x scale * weight
-    scale. `code_sums` (G, O) spares counting them again.
+    y = bias + the sum over scale groups of x offset * `scaled_code_sums` + code products * x scale * weight scale.
+    `sums` are the weight's `scaled_code_sums`, if they are known already.
     """
-    if x.offset is not None and code_sums is None:
-        code_sums = sum_codes(weight, bound, group_size)
-    groups = weight.scale.shape[1]
-    y = bias
+    if x.offset is not None and sums is None:
+        sums = scaled_code_sums(weight, bound, group_size)
+    y = None if bias is None else bias.float()
+    if weight.scale.shape[1] == 1:
+        return _add_products(y, matmul_codes(x.codes, weight.codes, bound), x, weight.scale.view(1, -1), sums)
     for group, scale in enumerate(weight.scale.unbind(1)):
-        scale = scale.view(1, -1)  # (1, O) or (1, 1)
-        columns = slice(None) if groups == 1 else slice(group * group_size, (group + 1) * group_size)
+        columns = slice(group * group_size, (group + 1) * group_size)
         products = matmul_codes(x.codes[:, columns].contiguous(), weight.codes[:, columns].contiguous(), bound)
-        if x.offset is not None:
-            constant = x.offset * (code_sums[group] * scale)
-            y = constant if y is None else constant.add_(y) if y is bias else y.add_(constant)
-        scaled = products.mul_(x.scale * scale)
-        y = scaled if y is None else scaled.add_(y)
+        y = _add_products(y, products, x, scale.view(1, -1), None if sums is None else sums[group : group + 1])
     return y
 
 
-def sum_codes(weight: Quantized, bound: int, group_size: int) -> Tensor:
-    """Sum of the int8 codes (O, I) over the columns of each scale group, float32 (G, O)."""
+def _add_products(y: Tensor | None, products: Tensor, x: Quantized, scale: Tensor, sums: Tensor | None) -> Tensor:
+    """y (+ x offset * sums) + products * x scale * weight scale: products (N, O), scale and sums (1, O) or (1, 1)."""
+    if x.offset is not None:
+        y = x.offset * sums if y is None else torch.addcmul(y, x.offset, sums)
+    scales = x.scale * scale
+    return products * scales if y is None else torch.addcmul(y, products, scales)
+
+
+def scaled_code_sums(weight: Quantized, bound: int, group_size: int) -> Tensor:
+    """Sum of the int8 codes (O, I) over the columns of each scale group, times its scale: float32 (G, O)."""
     parts = [weight.codes] if weight.scale.shape[1] == 1 else weight.codes.split(group_size, 1)
     sums = [matmul_codes(part.new_ones(1, part.shape[1]), part.contiguous(), bound) for part in parts]
-    return torch.cat(sums)
+    return torch.cat(sums) * weight.scale.t()
 
 
 def dequantize_weight(weight: Quantized, group_size: int) -> Tensor:
@@ -113,14 +117,14 @@ def quantized_linear(
     weight: Quantized,
     bound: int,
     group_size: int,
-    code_sums: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """`linear_codes` of x (N, I) and a weight (O, I), differentiable in x, latent weight (None when packed) and bias.
 
     Under autocast the forward stays exact; the two products of the backward run in the autocast type.
     """
     if not torch.is_grad_enabled():
-        return linear_codes(activation, weight, bias, bound, group_size, code_sums)
+        return linear_codes(activation, weight, bias, bound, group_size, sums)
     return _LinearCodes.apply(x, latent_weight, bias, *activation, *weight[:2], bound, group_size)
 
 

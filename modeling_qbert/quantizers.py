@@ -226,28 +226,32 @@ def _masked_range(
     return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
 
 
-class SoftmaxCodes(torch.autograd.Function):
+def softmax_codes(scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the last dim whose result also comes as unsigned codes: (probabilities, codes, scale).
 
     With e = exp(score - row maximum) the largest probability of a row has e = 1, so the per-token codes are
     round(levels * e) and the scale 1 / (levels * sum e): masked scores get code 0, and neither padding nor the order
     of a sum can move a code. Probabilities are never negative, so their lower bound is 0 in both min-max settings.
     """
+    levels = 2**bits - 1
+    e = (scores - scores.amax(-1, keepdim=True)).exp_()
+    total = e.sum(-1, keepdim=True, dtype=torch.float64).to(e.dtype)
+    probabilities = e / total
+    if per_tensor:
+        rows = probabilities if valid is None else probabilities * valid
+        largest = rows.amax().view(1, 1, 1, 1).clamp_min(TINY)
+        return probabilities, torch.round(probabilities * (levels / largest)).clamp_max(levels), largest / levels
+    return probabilities, (e * levels).round_(), 1 / (levels * total)
+
+
+class SoftmaxCodes(torch.autograd.Function):
+    """`softmax_codes`, differentiable: the gradient of the probabilities is that of softmax, codes have none."""
 
     @staticmethod
     def forward(
         ctx, scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        levels = 2**bits - 1
-        e = (scores - scores.amax(-1, keepdim=True)).exp_()
-        total = e.sum(-1, keepdim=True, dtype=torch.float64).to(e.dtype)
-        probabilities = e / total
-        if per_tensor:
-            rows = probabilities if valid is None else probabilities * valid
-            largest = rows.amax().view(1, 1, 1, 1).clamp_min(TINY)
-            codes, scale = torch.round(probabilities * (levels / largest)).clamp_max(levels), largest / levels
-        else:
-            codes, scale = (e * levels).round_(), 1 / (levels * total)
+        probabilities, codes, scale = softmax_codes(scores, bits, per_tensor, valid)
         ctx.save_for_backward(probabilities)
         ctx.mark_non_differentiable(codes, scale)
         return probabilities, codes, scale

