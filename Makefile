@@ -15,6 +15,7 @@ test: $(VENV)/dev.stamp
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 $(VENV)/demo.stamp: EXTRAS = demo
 $(VENV)/dev.stamp: EXTRAS = demo,dev

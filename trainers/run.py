@@ -279,7 +279,8 @@ class _Run:
         write_results(packed_folder / RESULTS_NAME, results)
         write_golden(packed_folder, pairs="text_pair" in self.data[recipe.data.eval_split].column_names)
         *_, limitations = BUNDLED.get(recipe.teacher.model, ("",))
-        write_card(packed_folder, results, base_model=recipe.teacher.model, limitations=limitations)
+        base = recipe.teacher.model
+        write_card(packed_folder, results, model_id=recipe.name, base_model=base, limitations=limitations)
         write_results(self.output / RESULTS_NAME, results)
         return results
 
