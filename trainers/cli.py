@@ -174,7 +174,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
         execute=functools.partial(run_recipe, teachers=Path(arguments.output) / "teachers"),
         results=arguments.results,
     )
-    written = collect(Path(arguments.output) / name, arguments.results)
+    folder = Path(arguments.output) / name
+    written = collect(folder, arguments.results) if folder.is_dir() else []  # nothing left to run: no folder
     print(f"{len(outcome.finished)} finished, {len(outcome.skipped)} skipped, {len(outcome.failed)} failed")
     print(
         f"{len(written)} new results in {arguments.results}; render them with qbert table {arguments.results}/{name}"

@@ -233,6 +233,9 @@ def test_a_sweep_from_the_command_line(workplace, tmp_path, capsys):
     assert cli.main(command) == 0
     assert "1 finished, 1 skipped, 0 failed" in capsys.readouterr().out
     assert len(list((tmp_path / "results" / "small").rglob("*.json"))) == 2
+    command[command.index("--output") + 1] = str(tmp_path / "another-machine")
+    assert cli.main(command) == 0
+    assert "0 finished, 2 skipped, 0 failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
