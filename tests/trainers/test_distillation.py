@@ -461,6 +461,9 @@ DISTRIBUTED = """
     )
     if os.environ["RANK"] == "0":
         torch.save(record, folder + "/record.pt")
+    # left to the interpreter's exit, gloo's threads now and then abort a process that is done
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
