@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from .checkpoint import CheckpointError
 from .layers import WeightSpec
-from .quantizers import GRANULARITIES, ActivationQuantizer
+from .quantizers import ActivationQuantizer
 
 
 Granularity = Literal["per_tensor", "per_row", "per_group"]
@@ -158,7 +158,6 @@ class LowBitConfig(PreTrainedConfig):
     def _spec(self, bits: int, granularity: str) -> WeightSpec | None:
         if bits == 32:
             return None
-        assert granularity in GRANULARITIES
         return WeightSpec(self.weight_quantizer if bits == 2 else f"int{bits}", granularity, self.group_size)
 
     def compute_fields(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def has_fast_int8(device: torch.device) -> bool:
 
 
 def matmul_codes(x: Tensor, weight: Tensor, bound: int) -> Tensor:
-    """x (N, I) @ weight (O, I)^T of int8 codes -> exact sums as float32 (N, O).
+    """x (N, I) @ weight (O, I)^T of int8 codes -> exact sums, rounded once to float32 (N, O).
 
     `bound` is the largest magnitude in `weight`: it tells which float type still adds exactly.
     """

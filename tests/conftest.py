@@ -10,6 +10,7 @@ from transformers.utils import logging  # noqa: E402
 
 
 logging.disable_progress_bar()
+torch.set_num_threads(1)  # fixtures of a module run before the one below
 
 
 @pytest.fixture(autouse=True)

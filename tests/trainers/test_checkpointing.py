@@ -1,5 +1,4 @@
 import errno
-import gc
 import json
 import logging
 import math
@@ -45,13 +44,7 @@ SHAPE = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection():
-    """Every `train` collects garbage, which walks through all imported modules unless they are frozen."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 def make_rows(count=24):

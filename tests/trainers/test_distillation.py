@@ -1,4 +1,3 @@
-import gc
 import math
 import os
 import subprocess
@@ -33,13 +32,7 @@ SHAPE = {
 PLAIN = BertForSequenceClassification
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection():
-    """Every `train` collects garbage, which walks through all imported modules unless they are frozen."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 def make_model(seed=0, cls=PLAIN, dropout=0.0, **config):
