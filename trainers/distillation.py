@@ -195,11 +195,17 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
         }
         with torch.no_grad():
             teacher = self._teacher_forward(**features, **capture)
-        student = model(**features, **capture)
-        terms = self._terms(student, teacher, _real_tokens(features), counts.unbind())
+        students = self._student_outputs(model, features | capture)
+        mask, counts = _real_tokens(features), counts.unbind()
+        parts = [self._terms(student, teacher, mask, counts) for student in students]
+        terms = {target: sum(part[target] for part in parts) for target in self._targets}
         loss = sum(weight * terms[target] for target, weight in self._targets.items())
         self._add_step_losses(**{f"loss_{target}": term.detach() for target, term in terms.items()})
-        return (loss, student) if return_outputs else loss
+        return (loss, students[0]) if return_outputs else loss
+
+    def _student_outputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> list[Any]:
+        """Outputs of every network whose losses are summed; here the student's only."""
+        return [model(**inputs)]
 
     def _terms(self, student: Any, teacher: Any, mask: Tensor, counts: tuple[Tensor, ...]) -> dict[str, Tensor]:
         sequences, tokens, pairs = counts
