@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
@@ -35,7 +34,7 @@ from .data import Task, data_identity, label_config, load_data, task_of, tokeniz
 from .distillation import DistillationArguments, DistillationTrainer
 from .initialization import BUNDLED, initial_student, load_teacher, resolve_model, student_config
 from .metrics import compute_metrics_for, score
-from .pruning import WidthAdaptiveTrainer
+from .pruning import WidthAdaptiveTrainer, labelled_batches
 from .recipe import DataSpec, Recipe, Stage
 from .results import RESULTS_NAME, environment, read_results, write_atomic, write_results
 from .tables import plot_training
@@ -231,19 +230,13 @@ class _Run:
             **training,
         )
         args.learning_rate *= stage.learning_rate_ratio
-        student = initial_student(self.recipe, stage, start, self.labels, self._labelled_batches(stage))
+        # The evaluation split ranks heads and neurons, as in DynaBERT's code.
+        batches = labelled_batches(self.tokenized[self.recipe.data.eval_split], self.tokenizer)
+        student = initial_student(self.recipe, stage, start, self.labels, batches)
         common = self._common(identity)
         if stage.widths:
             return WidthAdaptiveTrainer(model=student, teacher=teacher, args=args, widths=stage.widths, **common)
         return DistillationTrainer(model=student, teacher=teacher, args=args, **common)
-
-    def _labelled_batches(self, stage: Stage) -> Iterator[dict[str, Tensor]]:
-        """The evaluation split with labels: it ranks heads and neurons, as in DynaBERT's code."""
-        rows = self.tokenized[self.recipe.data.eval_split]
-        size = stage.training.get("per_device_train_batch_size", 8)
-        collate = DataCollatorWithPadding(self.tokenizer)
-        for begin in range(0, len(rows), size):
-            yield collate([rows[row] for row in range(begin, min(begin + size, len(rows)))])
 
     def _arguments(self, folder: Path, training: dict, seed: int) -> dict:
         defaults = {
