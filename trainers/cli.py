@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--task", required=True, help="GLUE task or rotten_tomatoes")
     prune.add_argument("--data", help="Hub data set or local folder (default: the task's on the Hub)")
     prune.add_argument("--split", default="train", help="rows that importance is measured on (default: train)")
-    prune.add_argument("--samples", type=int, default=4096, help="at most so many of them (default: 4096)")
+    prune.add_argument("--samples", type=int, default=2048, help="at most so many of them (default: 2048)")
     prune.add_argument("--max-length", type=int, default=128)
     prune.add_argument("--width", type=float, required=True, help="share of the heads that stays, such as 0.5")
     prune.add_argument("--output", required=True, help="folder of the pruned checkpoint")
