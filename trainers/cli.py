@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="render results as a table and a figure")
     table.add_argument("results", nargs="+", help="result files or folders")
     table.add_argument("--figure", help="also draw the scores into this PNG")
+    table.add_argument("--size-figure", help="also draw mean score against file size into this PNG")
     return parser
 
 
@@ -223,12 +224,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace) -> None:
     from .results import load_results
-    from .tables import plot_results, render_table
+    from .tables import plot_results, plot_sizes, render_table
 
     results = load_results(arguments.results)
     print(render_table(results))
     if arguments.figure:
         plot_results(results, arguments.figure)
+    if arguments.size_figure:
+        plot_sizes(results, arguments.size_figure)
 
 
 if __name__ == "__main__":
