@@ -4,8 +4,10 @@ import os
 from typing import Any
 
 from torch import nn
+from transformers import AutoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import (
@@ -183,15 +185,34 @@ MODEL_CLASSES: dict[str, type] = {}  # architecture -> class, of every registere
 
 
 def register(config: type, heads: dict[Any, type]) -> None:
-    """Register one family on one backbone: `heads` maps Auto classes to model classes."""
-    from transformers import AutoConfig
+    """Register one family on one backbone: `heads` maps Auto classes to model classes.
 
-    AutoConfig.register(config.model_type, config, exist_ok=True)
+    Every saved model carries its code (Transformers copies the files of classes with an `_auto_class`), and
+    `config.remote_code` names all heads, so that any Auto class opens it with `trust_remote_code=True`. Code that came
+    with a checkpoint registers nothing: it serves that checkpoint alone, and the installed package stays in charge.
+    """
+    config._auto_class = "AutoConfig"
+    config.remote_code = {"AutoConfig": _place(config)} | {auto.__name__: _place(head) for auto, head in heads.items()}
+    for auto_class, model_class in heads.items():
+        model_class._auto_class = auto_class.__name__
     MODEL_CLASSES.update({model_class.__name__: model_class for model_class in heads.values()})
+    if __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+        return
+    AutoConfig.register(config.model_type, config, exist_ok=True)
     for auto_class, model_class in heads.items():
         auto_class.register(config, model_class, exist_ok=True)
 
 
-# setdefault: remote code may import this module more than once, and the first one stays
-AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("qbert", QbertConfig)
-AUTO_QUANTIZER_MAPPING.setdefault("qbert", QbertQuantizer)
+def _place(kind: type) -> str:
+    """module.Class as `auto_map` wants it."""
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+
+
+def register_quantizer() -> None:
+    """Point Transformers to the quantizer of this copy of the code: with remote code there may be several, each with
+    layer classes of its own, so every load does this first."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING["qbert"] = QbertConfig
+    AUTO_QUANTIZER_MAPPING["qbert"] = QbertQuantizer
+
+
+register_quantizer()

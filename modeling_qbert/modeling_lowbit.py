@@ -20,7 +20,7 @@ from transformers.models.roberta.modeling_roberta import RobertaClassificationHe
 from .attention import quantized_attention  # noqa: F401 (registers the attention functions)
 from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import low_bit_fields
-from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory
+from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory, register_quantizer
 from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, pack_layer
 from .ops import dequantize_weight
 from .packing import PACKINGS
@@ -121,6 +121,7 @@ class LowBitMixin:
         source = os.path.join(str(pretrained_model_name_or_path), *filter(None, [kwargs.get("subfolder")]))
         if os.path.isfile(os.path.join(source, "config.json")):
             check_folder(source)
+        register_quantizer()
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -198,7 +199,7 @@ class LowBitMixin:
         """A plain Transformers model whose weights are scale * codes; its activations are full precision."""
         original = next(base for base in type(self).__mro__ if base.__module__.startswith("transformers."))
         fields = self.config.to_dict()
-        for name in (*low_bit_fields(), "quantization_config", "model_type", "architectures", "dtype"):
+        for name in (*low_bit_fields(), "quantization_config", "model_type", "architectures", "auto_map", "dtype"):
             fields.pop(name, None)
         model = original(original.config_class(**fields))
         state = {name: tensor for name, tensor in self.state_dict().items() if not name.endswith("weight_scale")}
@@ -209,8 +210,9 @@ class LowBitMixin:
         return model.to(device=self.device, dtype=dtype).eval()
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
-        """As `PreTrainedModel.save_pretrained`. A packed model is written beside its target and then moved into place,
-        and the same model gives the same bytes."""
+        """As `PreTrainedModel.save_pretrained`, with the code that opens it where this package is missing. A packed
+        model is written beside its target and then moved into place, and the same model gives the same bytes."""
+        self.config.auto_map = dict(self.config_class.remote_code)
         if not self.is_packed:
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         save_directory = os.fspath(save_directory)
