@@ -4,7 +4,15 @@ import os
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
@@ -21,6 +29,7 @@ from .checkpoint import (
     file_metadata,
     open_packed,
 )
+from .configuration_qbert import low_bit_fields
 from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, empty_packed_layer
 from .packing import FORMAT_VERSION, PACKINGS
 
@@ -129,7 +138,8 @@ def expected_tensors(model: nn.Module) -> dict[str, Expected]:
         if layer is not None and leaf == "weight":
             expected[name] = Expected(tuple(tensor.shape), layer.columns, layer.packing)
         else:
-            expected[name] = Expected(tuple(tensor.shape), is_scale=layer is not None and leaf == "weight_scale")
+            is_scale = (layer is not None and leaf == "weight_scale") or name.endswith("_quantizer.step")
+            expected[name] = Expected(tuple(tensor.shape), is_scale=is_scale)
     return expected
 
 
@@ -175,7 +185,8 @@ def check_file(path: str, model: nn.Module, packing: str) -> PackedFile:
     if file.metadata["qbert_packing"] != packing:
         raise file.fail(f"packing is {file.metadata['qbert_packing']!r}, config.json says {packing!r}")
     fields = model.config.compute_fields() | {"num_labels": model.config.num_labels}
-    check_config(file, fields, frozenset() if same_head else frozenset({"num_labels"}))
+    defaults = {name: getattr(type(model.config), name, None) for name in low_bit_fields()}
+    check_config(file, fields, defaults, frozenset() if same_head else frozenset({"num_labels"}))
     check_digests(file)
     check_tensors(file, expected)
     return file
@@ -184,23 +195,44 @@ def check_file(path: str, model: nn.Module, packing: str) -> PackedFile:
 MODEL_CLASSES: dict[str, type] = {}  # architecture -> class, of every registered family
 
 
-def register(config: type, heads: dict[Any, type]) -> None:
-    """Register one family on one backbone: `heads` maps Auto classes to model classes.
+_IS_REMOTE_CODE = __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+_BACKBONES = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra"}
+_HEADS = {
+    "base": ("Model", AutoModel),
+    "masked-lm": ("ForMaskedLM", AutoModelForMaskedLM),
+    "sequence-classification": ("ForSequenceClassification", AutoModelForSequenceClassification),
+    "token-classification": ("ForTokenClassification", AutoModelForTokenClassification),
+    "multiple-choice": ("ForMultipleChoice", AutoModelForMultipleChoice),
+    "question-answering": ("ForQuestionAnswering", AutoModelForQuestionAnswering),
+}
+
+
+def register_family(family: str, module: dict[str, Any]) -> dict[str, dict[str, type]]:
+    """Register a family with the Auto classes: `<family><Backbone><Head>` of a module's `globals()`.
 
     Every saved model carries its code (Transformers copies the files of classes with an `_auto_class`), and
-    `config.remote_code` names all heads, so that any Auto class opens it with `trust_remote_code=True`. Code that came
-    with a checkpoint registers nothing: it serves that checkpoint alone, and the installed package stays in charge.
+    `remote_code` of its config class names all heads, so that any Auto class opens it with `trust_remote_code=True`.
+    Code that came with a checkpoint registers nothing: it serves that checkpoint, the installed package stays in charge.
+
+    Returns backbone -> head -> class.
     """
-    config._auto_class = "AutoConfig"
-    config.remote_code = {"AutoConfig": _place(config)} | {auto.__name__: _place(head) for auto, head in heads.items()}
-    for auto_class, model_class in heads.items():
-        model_class._auto_class = auto_class.__name__
-    MODEL_CLASSES.update({model_class.__name__: model_class for model_class in heads.values()})
-    if __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
-        return
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    for auto_class, model_class in heads.items():
-        auto_class.register(config, model_class, exist_ok=True)
+    heads = {
+        backbone: {head: module[f"{family}{name}{suffix}"] for head, (suffix, _) in _HEADS.items()}
+        for backbone, name in _BACKBONES.items()
+    }
+    for classes in heads.values():
+        config = classes["base"].config_class
+        config._auto_class, config.remote_code = "AutoConfig", {"AutoConfig": _place(config)}
+        if not _IS_REMOTE_CODE:
+            AutoConfig.register(config.model_type, config, exist_ok=True)
+        for head, model_class in classes.items():
+            auto_class = _HEADS[head][1]
+            MODEL_CLASSES[model_class.__name__] = model_class
+            model_class._auto_class = auto_class.__name__
+            config.remote_code[auto_class.__name__] = _place(model_class)
+            if not _IS_REMOTE_CODE:
+                auto_class.register(config, model_class, exist_ok=True)
+    return heads
 
 
 def _place(kind: type) -> str:

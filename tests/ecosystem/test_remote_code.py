@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import EVERY_HEAD, inputs, latent
+from tiny import inputs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from zoo import BACKBONES, EVERY_HEAD, FAMILIES, build
 
 import modeling_qbert
-from modeling_qbert.modeling_ternary import _AUTO_CLASSES, HEADS
 
 
 def save(model, folder):
@@ -34,15 +34,14 @@ def assert_answers(path, parts):
 
 def test_every_head_and_state_without_the_package(fresh_process, tmp_path):
     jobs, wanted = [], []
-    for backbone, head in EVERY_HEAD:
+    for family, backbone, head in EVERY_HEAD:
         given = inputs(head)
         save_file(given, tmp_path / f"{head}.inputs")
         for state in ("latent", "packed"):
-            model = latent(backbone, head)
-            model = model.pack() if state == "packed" else model
-            folder = save(model, tmp_path / backbone / head / state)
-            answer = tmp_path / f"{backbone}-{head}-{state}.answer"
-            jobs.append([_AUTO_CLASSES[head].__name__, str(folder), str(tmp_path / f"{head}.inputs"), str(answer)])
+            model = build(family, backbone, head, state)
+            folder = save(model, tmp_path / family / backbone / head / state)
+            answer = tmp_path / f"{family}-{backbone}-{head}-{state}.answer"
+            jobs.append([model._auto_class, str(folder), str(tmp_path / f"{head}.inputs"), str(answer)])
             wanted.append((type(model).__name__, answer, expected(model, given)))
     lines = fresh_process("load_remote.py", "hidden", json.dumps(jobs)).splitlines()
     assert len(lines) == len(wanted) == 2 * len(EVERY_HEAD)
@@ -97,7 +96,7 @@ def test_a_copy_of_the_code_leaves_the_package_in_charge(tmp_path, monkeypatch):
     """Remote code in a process that also has the package: each model keeps to its own classes, in any order."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    model, given = latent().pack(), inputs()
+    model, given = build("ternary", "bert", state="packed"), inputs()
     folder = save(model, tmp_path / "saved")
     remote = transformers.dynamic_module_utils.get_class_from_dynamic_module(
         "modeling_ternary.TernaryBertForSequenceClassification", str(folder)
@@ -110,36 +109,37 @@ def test_a_copy_of_the_code_leaves_the_package_in_charge(tmp_path, monkeypatch):
     assert type(AutoModelForSequenceClassification.from_pretrained(folder)) is type(model)
 
 
-def test_only_what_is_needed_travels(tmp_path):
+@pytest.mark.parametrize("state", ["latent", "packed"])
+@pytest.mark.parametrize("family, backbone", BACKBONES)
+def test_only_what_is_needed_travels(family, backbone, state, tmp_path):
     """Flat modules that import each other in the one form Transformers follows; no card, tests or command line."""
-    model = latent()
-    for state in (model, model.pack()):
-        folder = save(state, tmp_path / type(state.hf_quantizer if state.is_packed else state).__name__)
-        code = {path.stem for path in folder.glob("*.py")}
-        assert "modeling_ternary" in code and "report" not in code and "__init__" not in code
-        package = Path(modeling_qbert.__file__).parent
-        for name in code:
-            text = (folder / f"{name}.py").read_text()
-            assert text == (package / f"{name}.py").read_text()
-            assert not re.search(r"^\s*(from modeling_qbert|import modeling_qbert|from trainers)", text, re.MULTILINE)
-            assert set(re.findall(r"^from \.(\w+) import", text, re.MULTILINE)) <= code
-        assert {path.suffix for path in folder.iterdir()} == {".py", ".json", ".safetensors"}
+    folder = save(build(family, backbone, state=state), tmp_path)
+    code = {path.stem for path in folder.glob("*.py")}
+    assert f"modeling_{family}" in code and not code & {"report", "__init__"}
+    package = Path(modeling_qbert.__file__).parent
+    for name in code:
+        text = (folder / f"{name}.py").read_text()
+        assert text == (package / f"{name}.py").read_text()
+        assert not re.search(r"^\s*(from modeling_qbert|import modeling_qbert|from trainers)", text, re.MULTILINE)
+        assert set(re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)) <= code
+    assert {path.suffix for path in folder.iterdir()} == {".py", ".json", ".safetensors"}
 
 
-@pytest.mark.parametrize("backbone, head", EVERY_HEAD)
-def test_config_names_every_head(backbone, head, tmp_path):
-    latent(backbone, head).save_pretrained(tmp_path)
+@pytest.mark.parametrize("family, backbone, head", EVERY_HEAD)
+def test_config_names_every_head(family, backbone, head, tmp_path):
+    build(family, backbone, head).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    heads = {
-        _AUTO_CLASSES[name].__name__: f"modeling_ternary.{kind.__name__}" for name, kind in HEADS[backbone].items()
-    }
-    config = HEADS[backbone]["base"].config_class.__name__
-    assert auto_map == {"AutoConfig": f"configuration_qbert.{config}", **heads}
+    heads = FAMILIES[family][backbone].values()
+    assert (
+        auto_map.pop("AutoConfig") == f"configuration_qbert.{FAMILIES[family][backbone]['base'].config_class.__name__}"
+    )
+    assert auto_map == {kind._auto_class: f"modeling_{family}.{kind.__name__}" for kind in heads}
+    assert len(auto_map) == 6
 
 
 def test_a_dequantized_model_is_plain(tmp_path):
     """It has no code of ours to point to."""
-    model = latent()
+    model = build("ternary", "bert")
     model.save_pretrained(tmp_path / "latent")
     loaded = type(model).from_pretrained(tmp_path / "latent")
     loaded.pack().dequantize().save_pretrained(tmp_path / "plain")
