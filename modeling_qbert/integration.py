@@ -212,7 +212,7 @@ def register_family(family: str, module: dict[str, Any]) -> dict[str, dict[str, 
 
     Every saved model carries its code (Transformers copies the files of classes with an `_auto_class`), and
     `remote_code` of its config class names all heads, so that any Auto class opens it with `trust_remote_code=True`.
-    Code that came with a checkpoint registers nothing: it serves that checkpoint, the installed package stays in charge.
+    Code that came with a checkpoint registers nothing: it serves that checkpoint; an installed package is in charge.
 
     Returns backbone -> head -> class.
     """

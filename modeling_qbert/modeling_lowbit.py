@@ -85,6 +85,13 @@ def share_token_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
             layer.token_mask = mask
 
 
+def refuse_offloaded(model: nn.Module, action: str) -> None:
+    """Clear error for a model some of whose tensors accelerate keeps elsewhere: their values cannot be read here."""
+    away = next((name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"), None)
+    if away is not None:
+        raise ValueError(f"tensor {away!r} is offloaded; load the model with every part on a device to {action} it")
+
+
 class LowBitMixin:
     """Mixed in before a Transformers BERT, RoBERTa or ELECTRA class.
 
@@ -310,6 +317,7 @@ class LowBitMixin:
         for name, module in self.named_modules():
             if isinstance(module, LsqQuantizer) and not bool(module.step > 0):
                 raise ValueError(f"{name}.step has no value yet: call model.calibrate(**batch) before packing")
+        refuse_offloaded(self, "pack")
         model = copy.deepcopy(self).eval()
         for name, module in list(model.named_modules()):
             if isinstance(module, _LAYERS):
@@ -329,6 +337,7 @@ class LowBitMixin:
 
         A pruned network, which no plain class can hold, stays in its own class with `bits` 32-32-32.
         """
+        refuse_offloaded(self, "dequantize")
         config = self.config
         fields = config.to_dict()
         for name in (*low_bit_fields(), "quantization_config", "model_type", "architectures", "auto_map", "dtype"):
@@ -360,6 +369,7 @@ class LowBitMixin:
         self.config.auto_map = dict(self.config_class.remote_code)
         if not self.is_packed:
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+        refuse_offloaded(self, "save")
         save_directory = os.fspath(save_directory)
         os.makedirs(save_directory, exist_ok=True)
         foreign = stale_weights(save_directory)
