@@ -75,7 +75,12 @@ class QbertQuantizer(HfQuantizer):
                 raise CheckpointError(f"{folder}: a packed checkpoint is one file {WEIGHTS_FILE}, found {names}")
             self.float_dtypes = check_file(checkpoint_files[0], model, self.quantization_config.packing).float_dtypes
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **_):
+        model.requires_grad_(False)  # as `pack()` leaves them: what trains is an adapter
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        if getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved
+            return None, {}
         tied = set(model.all_tied_weights_keys)
         tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         config = model.config
@@ -87,7 +92,7 @@ class QbertQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # by adapters only: Transformers refuses to train a quantized model that has none
 
     @property
     def is_compileable(self) -> bool:

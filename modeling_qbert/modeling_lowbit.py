@@ -23,6 +23,7 @@ from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, chec
 from .configuration_qbert import LowBitConfig, low_bit_fields
 from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory, register_quantizer
 from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, pack_layer
+from .lora import refuse_adapters
 from .ops import dequantize_weight
 from .packing import PACKINGS
 from .quantizers import ACTIVATION_FLOORS, ActivationQuantizer, LsqQuantizer, PactQuantizer
@@ -317,6 +318,7 @@ class LowBitMixin:
         for name, module in self.named_modules():
             if isinstance(module, LsqQuantizer) and not bool(module.step > 0):
                 raise ValueError(f"{name}.step has no value yet: call model.calibrate(**batch) before packing")
+        refuse_adapters(self, "pack")
         refuse_offloaded(self, "pack")
         model = copy.deepcopy(self).eval()
         for name, module in list(model.named_modules()):
@@ -337,6 +339,7 @@ class LowBitMixin:
 
         A pruned network, which no plain class can hold, stays in its own class with `bits` 32-32-32.
         """
+        refuse_adapters(self, "dequantize")
         refuse_offloaded(self, "dequantize")
         config = self.config
         fields = config.to_dict()
@@ -367,7 +370,10 @@ class LowBitMixin:
         """As `PreTrainedModel.save_pretrained`, with the code that opens it where this package is missing. A packed
         model is written beside its target and then moved into place, and the same model gives the same bytes."""
         self.config.auto_map = dict(self.config_class.remote_code)
-        if not self.is_packed:
+        adapters_alone = getattr(self, "_hf_peft_config_loaded", False)  # of `add_adapter`: only they are saved
+        if not adapters_alone:
+            refuse_adapters(self, "save")
+        if not self.is_packed or adapters_alone:
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         refuse_offloaded(self, "save")
         save_directory = os.fspath(save_directory)
