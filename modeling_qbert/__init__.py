@@ -12,6 +12,7 @@ from .configuration_qbert import (
 )
 from .modeling_binary import *  # noqa: F403
 from .modeling_ternary import *  # noqa: F403
+from .remote import write_remote_code
 from .report import checkpoint_report, format_report, verify_checkpoint
 
 
@@ -42,6 +43,7 @@ __all__ = [
     "format_report",
     "get_model_class",
     "verify_checkpoint",
+    "write_remote_code",
     *modeling_binary.__all__,
     *modeling_ternary.__all__,
 ]

@@ -1,6 +1,7 @@
 """What every low-bit model adds to its Transformers class: quantized layers, packing, strict loading."""
 
 import copy
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -383,10 +384,11 @@ class LowBitMixin:
             raise CheckpointError(f"{save_directory}: holds other weight files {foreign}; save to a clean folder")
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=save_directory) as staging:
-            super().save_pretrained(staging, *args, max_shard_size="1000GB", **kwargs)
+            super().save_pretrained(staging, *args, **{**kwargs, "max_shard_size": "1000GB"})
             canonicalize_header(os.path.join(staging, WEIGHTS_FILE))
             for name in sorted(os.listdir(staging), key=lambda name: name != WEIGHTS_FILE):
                 os.replace(os.path.join(staging, name), os.path.join(save_directory, name))
         if push_to_hub:
-            self.push_to_hub(repo_id)
+            names = inspect.signature(self.push_to_hub).parameters
+            self.push_to_hub(repo_id, **{name: kwargs[name] for name in names if name in kwargs})
         return None
