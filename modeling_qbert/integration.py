@@ -77,6 +77,7 @@ class QbertQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_):
         model.requires_grad_(False)  # as `pack()` leaves them: what trains is an adapter
+        model.base_model.hf_quantizer = self  # so that the backbone alone is saved as a packed one, too
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         if getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved

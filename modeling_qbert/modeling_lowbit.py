@@ -23,7 +23,7 @@ from .attention import quantized_attention  # noqa: F401 (registers the attentio
 from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import LowBitConfig, low_bit_fields
 from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory, register_quantizer
-from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, pack_layer
+from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, WeightSpec, pack_layer
 from .lora import refuse_adapters
 from .ops import dequantize_weight
 from .packing import PACKINGS
@@ -106,6 +106,9 @@ class LowBitMixin:
             super().__init__(config, *args, **kwargs)
         self._resize_heads()
         self._insert_quantizers()
+        for module in self.modules():
+            if getattr(module, "_require_grads_hook", None) is not None:
+                module.enable_input_require_grads()  # its hook was on the embedding that has just been replaced
 
     def _resize_heads(self) -> None:
         """Give every attention the heads of a pruned model, whose width together is not the hidden size."""
@@ -284,6 +287,21 @@ class LowBitMixin:
             if second_moments is None and bool((scale > 0).all()):
                 continue
             module.update_scale(None if second_moments is None else second_moments.get(f"{name}.weight"))
+
+    @property
+    def split_weights(self) -> dict[str, str]:
+        """Granularity of every latent weight of two planes, by the parameter's name."""
+        kinds = QuantLinear | QuantEmbedding
+        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, kinds)}
+        return {
+            f"{name}.weight": layer.spec.granularity
+            for name, layer in layers.items()
+            if layer.spec.planes == 2 and not getattr(layer, "source", ())
+        }
+
+    def weight_spec_of(self, parameter: str) -> WeightSpec | None:
+        """How a weight is quantized, by the parameter's name; None in full precision."""
+        return getattr(self.get_submodule(parameter.removesuffix(".weight")), "spec", None)
 
     @torch.no_grad()
     def calibrate(self, *args, **kwargs) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import answers, inputs
 from torch.utils.data import DataLoader, Dataset
+from transformers import AutoModel
 from zoo import BACKBONES, FAMILIES, build
 
 
@@ -123,3 +124,29 @@ def test_a_cast_latent_model_packs_to_what_it_answers(family, backbone, dtype):
     assert torch.equal(answers(packed, given), found)
     scales = [tensor for name, tensor in packed.state_dict().items() if name.endswith("weight_scale")]
     assert scales and all(scale.dtype == torch.float32 for scale in scales)
+
+
+@pytest.mark.parametrize("family, backbone", BACKBONES)
+def test_the_backbone_alone_is_saved_packed(family, backbone, tmp_path):
+    """`model.base_model` is a plain Transformers class; its file is a checked one all the same."""
+    given = inputs()
+    made = build(family, backbone, state="packed")
+    made.save_pretrained(tmp_path / "whole")
+    for number, model in enumerate((made, type(made).from_pretrained(tmp_path / "whole"))):
+        model.base_model.save_pretrained(tmp_path / str(number))
+        pooler = {} if getattr(model.base_model, "pooler", True) is not None else {"add_pooling_layer": False}
+        loaded = AutoModel.from_pretrained(tmp_path / str(number), **pooler)
+        with torch.no_grad():
+            assert torch.equal(loaded(**given)[0], model.base_model(**given)[0])
+
+
+def test_attentions_may_be_asked_for_in_the_config(tmp_path):
+    model, given = build("ternary", "bert"), inputs()
+    with torch.no_grad():
+        expected = model(**given, output_attentions=True).attentions
+    model.config.output_attentions = True
+    model.save_pretrained(tmp_path)
+    for other in (model, type(model).from_pretrained(tmp_path)):
+        with torch.no_grad():
+            found = other(**given).attentions
+        assert len(found) == 2 and all(torch.equal(one, two) for one, two in zip(found, expected))

@@ -33,7 +33,35 @@ SIZES = {
 }
 BACKBONE_SIZES = {"electra": {"embedding_size": 16}}
 
-SKIPS: dict[str, dict[str, str]] = {"latent": {}, "packed": {}}
+_ONE_ATTENTION = "quantized attention has one implementation: 'eager' and 'sdpa' both select it"
+_STRICT = "loading is strict: a checkpoint without the backbone's tensors is refused, and this test loads one"
+_FROZEN = "packed weights are frozen codes: nothing in the model takes a gradient, adapters train beside them"
+_FIXED = "a packed file is bound to its config and checked against it; another size is refused, not initialised"
+_CODES = "packed weights are made of trained weights or read from a file; there is nothing to initialise or resize"
+
+SKIPS = {
+    "latent": {
+        "test_can_set_attention_dynamically": _ONE_ATTENTION,
+        "test_sdpa_can_dispatch_non_composite_models": _ONE_ATTENTION,
+        "test_model_weights_reload_no_missing_tied_weights": _STRICT,
+    },
+    "packed": {
+        "test_can_set_attention_dynamically": _ONE_ATTENTION,
+        "test_sdpa_can_dispatch_non_composite_models": _ONE_ATTENTION,
+        "test_model_weights_reload_no_missing_tied_weights": _STRICT,
+        "test_from_pretrained_no_checkpoint": "packed weights need the quantization_config that this test leaves out",
+        "test_can_load_ignoring_mismatched_shapes": _FIXED,
+        "test_load_with_mismatched_shapes": _FIXED,
+        "test_init_weights_can_init_buffers": _CODES,
+        "test_model_get_set_embeddings": "the packed word embedding has no float matrix and is no nn.Embedding",
+        "test_resize_embeddings_untied": _CODES,
+        "test_resize_embeddings_untied_no_reinit_on_post_init": _CODES,
+        "test_resize_tokens_embeddings": _CODES,
+        "test_problem_types": _FROZEN,
+        "test_retain_grad_hidden_states_attentions": _FROZEN,
+        "test_training": _FROZEN,
+    },
+}
 
 
 _names_of = test_modeling_common.get_values
