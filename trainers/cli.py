@@ -47,6 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check every byte of a packed checkpoint")
     verify.add_argument("checkpoint")
 
+    push = commands.add_parser(
+        "push", help="publish a checkpoint folder on the Hub in one commit, code and card included"
+    )
+    push.add_argument("checkpoint")
+    push.add_argument("repo", help="OWNER/NAME")
+    push.add_argument("--private", action="store_true", default=None, help="if the repository is made by this push")
+    push.add_argument("--revision", help="branch (default: main)")
+
     sweep = commands.add_parser("sweep", help="run what a sweep file still lacks: recipes x overrides x seeds")
     sweep.add_argument("sweep", help="sweep file (YAML)")
     sweep.add_argument("--output", default="runs", help="folder for runs in progress (default: runs)")
@@ -195,6 +203,13 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     verify_checkpoint(arguments.checkpoint)
     print(f"{arguments.checkpoint}: every tensor, digest and config field is as it was saved")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from .hub import push_to_hub
+
+    url = push_to_hub(arguments.checkpoint, arguments.repo, private=arguments.private, revision=arguments.revision)
+    print(f"published: {url}")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
