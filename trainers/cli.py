@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--jobs", type=int, default=1, help="runs at a time")
 
     table = commands.add_parser("table", help="render results as a table and a figure")
-    table.add_argument("results", nargs="+", help="result files or folders")
+    table.add_argument("results", nargs="*", help="result files or folders")
+    table.add_argument("--update", metavar="FILE.md", help="render this text's tables again, where they stand")
     table.add_argument("--figure", help="also draw the scores into this PNG")
     table.add_argument("--size-figure", help="also draw mean score against file size into this PNG")
     return parser
@@ -238,9 +239,13 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    from .results import load_results
-    from .tables import plot_results, plot_sizes, render_table
+    from .results import load_results, write_atomic
+    from .tables import plot_results, plot_sizes, render_table, update_tables
 
+    if arguments.update:
+        path = Path(arguments.update)
+        write_atomic(path, update_tables(path.read_text(encoding="utf-8"), path.parent).encode())
+        return
     results = load_results(arguments.results)
     print(render_table(results))
     if arguments.figure:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import write_atomic
+from .results import load_results, write_atomic
 
 
 # GLUE's column order in the TernaryBERT paper; a task that is not here comes last under its own name.
@@ -204,6 +204,21 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> str:
         )
         lines.append(_row([f"{title}: drop", *(_drop_cell(cell) if cell else "–" for cell in cells)]))
     return "\n".join([*lines, "", *(f"- {note}" for note in _notes(grid))]) + "\n"
+
+
+_BLOCK = re.compile(r"(<!-- qbert table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def update_tables(text: str, root: str | Path) -> str:
+    """`text` with every block `<!-- qbert table FOLDER -->` ... `<!-- end -->` rendered again from the results in that
+    folder, relative to `root`.
+
+    Raises:
+        ValueError: the text has no such block, or a folder no results.
+    """
+    if not _BLOCK.search(text):
+        raise ValueError("expected blocks '<!-- qbert table FOLDER -->' ... '<!-- end -->', found none")
+    return _BLOCK.sub(lambda match: match[1] + render_table(load_results([Path(root) / match[2]])) + match[3], text)
 
 
 def _notes(grid: _Grid) -> list[str]:
