@@ -226,7 +226,7 @@ class _Run:
     def _trainer(
         self, stage: Stage, folder: Path, previous: str, teacher: PreTrainedModel, identity: dict
     ) -> DistillationTrainer:
-        start = self.teacher_path if stage.init == "teacher" else previous
+        start = self.teacher_path if stage.init in ("teacher", "random_encoder") else previous
         training = self._arguments(folder, stage.training, self.recipe.seed)
         args = DistillationArguments(
             logits_weight=stage.targets.logits,
