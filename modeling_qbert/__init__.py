@@ -12,6 +12,7 @@ from .configuration_qbert import (
 )
 from .modeling_binary import *  # noqa: F403
 from .modeling_ternary import *  # noqa: F403
+from .quantizers import quantize_bwn, quantize_twn
 from .report import checkpoint_report, format_report, verify_checkpoint
 
 
@@ -41,6 +42,8 @@ __all__ = [
     "checkpoint_report",
     "format_report",
     "get_model_class",
+    "quantize_bwn",
+    "quantize_twn",
     "verify_checkpoint",
     *modeling_binary.__all__,
     *modeling_ternary.__all__,

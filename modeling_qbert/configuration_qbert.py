@@ -138,9 +138,7 @@ class LowBitConfig(PreTrainedConfig):
                 f"({self.num_attention_heads}), or `head_dim` be given"
             )
         if (self.planes == 2 or self.ternary_modules) and 1 not in (weight, embedding):
-            raise ValueError(
-                f"config fields `planes` and `ternary_modules` need binary weights, found {self.bits!r}"
-            )
+            raise ValueError(f"config fields `planes` and `ternary_modules` need binary weights, found {self.bits!r}")
         if self.split_modules is not None and self.planes == 1:
             raise ValueError("config field `split_modules` needs `planes` to be 2")
         layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
@@ -252,9 +250,7 @@ class TernaryElectraConfig(LowBitConfig, ElectraConfig):
 
 @strict
 class BinaryBertConfig(LowBitConfig, BertConfig):
-    __doc__ = "BERT with binary weights (BinaryBERT). Adds to `BertConfig`:\n" + (
-        LowBitConfig.__doc__ or ""
-    )
+    __doc__ = "BERT with binary weights (BinaryBERT). Adds to `BertConfig`:\n" + (LowBitConfig.__doc__ or "")
     model_type = "binary_bert"
     bits: str = "1-1-8"
 

@@ -22,7 +22,7 @@ from .attention import quantized_attention  # noqa: F401 (registers the attentio
 from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import LowBitConfig, low_bit_fields
 from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory
-from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, pack_layer
+from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, WeightSpec, pack_layer
 from .ops import dequantize_weight
 from .packing import PACKINGS
 from .quantizers import ACTIVATION_FLOORS, ActivationQuantizer, LsqQuantizer, PactQuantizer
@@ -275,6 +275,21 @@ class LowBitMixin:
                 continue
             module.update_scale(None if second_moments is None else second_moments.get(f"{name}.weight"))
 
+    @property
+    def split_weights(self) -> dict[str, str]:
+        """Granularity of every latent weight of two planes, by the parameter's name."""
+        kinds = QuantLinear | QuantEmbedding
+        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, kinds)}
+        return {
+            f"{name}.weight": layer.spec.granularity
+            for name, layer in layers.items()
+            if layer.spec.planes == 2 and not getattr(layer, "source", ())
+        }
+
+    def weight_spec_of(self, parameter: str) -> WeightSpec | None:
+        """How a weight is quantized, by the parameter's name; None in full precision."""
+        return getattr(self.get_submodule(parameter.removesuffix(".weight")), "spec", None)
+
     @torch.no_grad()
     def calibrate(self, *args, **kwargs) -> None:
         """Give every learned step size that has none its first value, from one batch (the arguments of `forward`).
@@ -308,9 +323,7 @@ class LowBitMixin:
             raise ValueError(f"config field `bits` is {self.config.bits!r}: there is nothing to pack")
         for name, module in self.named_modules():
             if isinstance(module, LsqQuantizer) and not bool(module.step > 0):
-                raise ValueError(
-                    f"{name}.step has no value yet: call model.calibrate(**batch) before packing"
-                )
+                raise ValueError(f"{name}.step has no value yet: call model.calibrate(**batch) before packing")
         model = copy.deepcopy(self).eval()
         for name, module in list(model.named_modules()):
             if isinstance(module, _LAYERS):

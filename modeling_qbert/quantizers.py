@@ -110,7 +110,7 @@ def ternary_codes(weight: Tensor, threshold: Tensor, group_size: int) -> Tensor:
     return (weight > threshold).view(torch.int8) - (weight < -threshold).view(torch.int8)
 
 
-def quantize_twn(weight: Tensor, granularity: str, group_size: int) -> Quantized:
+def quantize_twn(weight: Tensor, granularity: str, group_size: int = 64) -> Quantized:
     """Ternary, approximation based: threshold 0.7 mean|w|, scale the mean |w| above it (TWN; TernaryBERT eq. 4-5)."""
     magnitude = weight.abs()
     mean = _group_sum(magnitude, granularity, group_size) / _group_count(weight, granularity, group_size)
@@ -155,7 +155,7 @@ def lat_scale(
     return scale
 
 
-def quantize_bwn(weight: Tensor, granularity: str, group_size: int) -> Quantized:
+def quantize_bwn(weight: Tensor, granularity: str, group_size: int = 64) -> Quantized:
     """Binary: sign(w), +1 for zero, times mean |w| (Rastegari et al., XNOR-Net (2016), eq. 6; BinaryBERT eq. 5)."""
     total = _group_sum(weight.abs(), granularity, group_size)
     codes = (weight >= 0).view(torch.int8).mul(2).sub_(1)

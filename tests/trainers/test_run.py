@@ -1,5 +1,6 @@
 """The runner end to end on a tiny random backbone: teacher, stages, pack, proof in a fresh process, card, resume."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -113,8 +114,8 @@ def test_results_and_packed_checkpoint_agree(finished):
     assert model.is_packed and model.config.bits == "2-2-8"
     assert model.config.id2label == {0: "neg", 1: "pos"}
     modeling_qbert.verify_checkpoint(output / "packed")
-    for name in ("stage-1-ternary", "stage-0-eight-bit"):
-        assert (output / name / "training.png").stat().st_size > 1000
+    for pattern in ("stage-1-ternary/training/training.png", "teachers/*-eight-bit-*/training/training.png"):
+        assert [path.stat().st_size > 1000 for path in output.glob(pattern)] == [True]
 
 
 def test_the_card_reports_the_run(finished):
@@ -166,6 +167,34 @@ def test_other_backbones(workplace, tmp_path, backbone):
     assert model.config.quantization_config.packing == "dense"
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_binarybert_by_its_recipe(workplace, tmp_path, backbone):
+    """Prune, ternarize, split: BinaryBERT's stages as the example recipe has them, W1A4 with learned step sizes."""
+    recipe = Recipe.from_yaml(
+        Path(__file__).parents[2] / "examples" / "recipes" / "binarybert-w1a4.yaml",
+        [
+            "data.task=rotten_tomatoes",
+            f"data.path={workplace / 'data'}",
+            "data.max_length=24",
+            f"teacher.model={workplace / backbone}",
+            "training.max_steps=3",
+            "training.bf16=false",
+        ],
+    )
+    results = run_recipe(recipe, tmp_path / "run", teachers=tmp_path / "teachers")
+    assert results["packed"]["max_logit_difference"] == 0.0
+    assert [stage["name"] for stage in results["stages"]] == ["half", "ternary-features", "ternary", "split"]
+    assert all("accuracy" in stage["metrics"] for stage in results["stages"])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "packed")
+    config = model.config
+    assert (config.bits, config.planes, config.num_attention_heads, config.head_dim) == ("1-1-4", 2, 1, 16)
+    assert config.intermediate_size == 24 and config.hidden_act == "relu"
+    # A run that ends with an earlier stage finds it done, and a float network ends a run as well.
+    half = dataclasses.replace(recipe, last_stage="half")
+    first = run_recipe(half, tmp_path / "half", teachers=tmp_path / "teachers")
+    assert first["packed"]["metrics"] == results["stages"][0]["metrics"] and first["stages"][0]["steps"] == 3
+
+
 def test_killed_and_started_again_ends_in_the_same_file(finished, tmp_path):
     recipe, output, results = finished
     recipe_file = tmp_path / "recipe.yaml"
@@ -173,7 +202,7 @@ def test_killed_and_started_again_ends_in_the_same_file(finished, tmp_path):
     command = [sys.executable, "-m", "trainers.cli", "distill", str(recipe_file), "--output", str(tmp_path / "run")]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as this process: sums over a batch depend on it
     # Killed once a checkpoint of the teacher exists, and once one of the second stage does.
-    for checkpoint in ("teachers/*/training/checkpoint-*", "stage-1-ternary/checkpoint-*"):
+    for checkpoint in ("teachers/*/training/checkpoint-*", "stage-1-ternary/training/checkpoint-*"):
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=one_thread
         )
