@@ -102,6 +102,7 @@ class LowBitConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """As in `PreTrainedConfig`; what is wrong with a file's fields is a `CheckpointError` that names the file."""
         path = kwargs.get("name_or_path") or config_dict.get("name_or_path")
+        config_dict = {name: value for name, value in config_dict.items() if name != "name_or_path"}
         # Transformers sets overrides after birth, when nothing checks them any more.
         overrides = {name: kwargs.pop(name) for name in low_bit_fields() if name in kwargs}
         try:
@@ -164,6 +165,23 @@ class LowBitConfig(PreTrainedConfig):
         unknown = [key for key in unknown if not key.startswith("_")]
         if unknown:
             raise ValueError(f"config has unknown quantization fields {unknown}; known are {sorted(low_bit_fields())}")
+
+    @property
+    def output_attentions(self):
+        """As in `PreTrainedConfig`; quantized attention returns its probabilities, too."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool):
+        if value and self._attn_implementation in ("qbert", "qbert_scores"):
+            self._output_attentions = value
+        else:
+            PreTrainedConfig.output_attentions.fset(self, value)
+
+    def validate_output_attentions(self):
+        """As in `PreTrainedConfig`, of an attention that does not return its probabilities."""
+        if self._attn_implementation not in ("qbert", "qbert_scores"):
+            super().validate_output_attentions()
 
     @property
     def bit_widths(self) -> tuple[int, int, int]:

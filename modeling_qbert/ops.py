@@ -15,9 +15,12 @@ from .quantizers import Quantized, expand_scale
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32
 
 
+_CPU_HAS_VNNI = torch.cpu._is_vnni_supported()  # asked once: a call in forward would break torch.compile's graph
+
+
 def has_fast_int8(device: torch.device) -> bool:
     """Whether torch multiplies int8 matrices fast on this device (CPU with VNNI, or CUDA)."""
-    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_vnni_supported())
+    return device.type == "cuda" or (device.type == "cpu" and _CPU_HAS_VNNI)
 
 
 def matmul_codes(x: Tensor, weight: Tensor, bound: int) -> Tensor:

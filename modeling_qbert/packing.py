@@ -60,13 +60,23 @@ def unpack_codes(packed: Tensor, columns: int, packing: str) -> Tensor:
     return table[packed.int()].flatten(-2)[..., :columns].contiguous()
 
 
-@lru_cache
-def _code_table(packing: str, device: torch.device) -> Tensor:
+def _make_code_table(packing: str) -> Tensor:
     """int8 (256, digits): the codes of every byte; a look-up beats arithmetic on bytes and exports as one operator."""
-    byte, base = torch.arange(256, device=device).unsqueeze(1), _BASE[packing]
-    places = torch.tensor([base**k for k in range(_DIGITS[packing])], device=device)
+    byte, base = torch.arange(256, device="cpu").unsqueeze(1), _BASE[packing]
+    places = torch.tensor([base**k for k in range(_DIGITS[packing])], device="cpu")
     digits = byte // places % base
     return (digits * 2 - 1 if packing == "1bit" else digits - 1).to(torch.int8)
+
+
+_CODE_TABLES = {packing: _make_code_table(packing) for packing in _BASE if packing != "int8"}
+_moved_code_table = lru_cache(lambda packing, device: _CODE_TABLES[packing].to(device))
+
+
+def _code_table(packing: str, device: torch.device) -> Tensor:
+    """Made before anything is traced: a table made by torch.export holds no numbers, and a cache would keep it."""
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return _CODE_TABLES[packing].to(device)
+    return _moved_code_table(packing, device)
 
 
 def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, int, int] | None:

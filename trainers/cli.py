@@ -47,6 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check every byte of a packed checkpoint")
     verify.add_argument("checkpoint")
 
+    push = commands.add_parser(
+        "push", help="publish a checkpoint folder on the Hub in one commit, code and card included"
+    )
+    push.add_argument("checkpoint")
+    push.add_argument("repo", help="OWNER/NAME")
+    push.add_argument("--private", action="store_true", default=None, help="if the repository is made by this push")
+    push.add_argument("--revision", help="branch (default: main)")
+
     sweep = commands.add_parser("sweep", help="run what a sweep file still lacks: recipes x overrides x seeds")
     sweep.add_argument("sweep", help="sweep file (YAML)")
     sweep.add_argument("--output", default="runs", help="folder for runs in progress (default: runs)")
@@ -56,8 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--jobs", type=int, default=1, help="runs at a time")
 
     table = commands.add_parser("table", help="render results as a table and a figure")
-    table.add_argument("results", nargs="+", help="result files or folders")
+    table.add_argument("results", nargs="*", help="result files or folders")
+    table.add_argument("--update", metavar="FILE.md", help="render this text's tables again, where they stand")
     table.add_argument("--figure", help="also draw the scores into this PNG")
+    table.add_argument("--size-figure", help="also draw mean score against file size into this PNG")
     return parser
 
 
@@ -196,6 +206,13 @@ def _verify(arguments: argparse.Namespace) -> None:
     print(f"{arguments.checkpoint}: every tensor, digest and config field is as it was saved")
 
 
+def _push(arguments: argparse.Namespace) -> None:
+    from .hub import push_to_hub
+
+    url = push_to_hub(arguments.checkpoint, arguments.repo, private=arguments.private, revision=arguments.revision)
+    print(f"published: {url}")
+
+
 def _sweep(arguments: argparse.Namespace) -> int:
     import functools
 
@@ -222,13 +239,19 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    from .results import load_results
-    from .tables import plot_results, render_table
+    from .results import load_results, write_atomic
+    from .tables import plot_results, plot_sizes, render_table, update_tables
 
+    if arguments.update:
+        path = Path(arguments.update)
+        write_atomic(path, update_tables(path.read_text(encoding="utf-8"), path.parent).encode())
+        return
     results = load_results(arguments.results)
     print(render_table(results))
     if arguments.figure:
         plot_results(results, arguments.figure)
+    if arguments.size_figure:
+        plot_sizes(results, arguments.size_figure)
 
 
 if __name__ == "__main__":

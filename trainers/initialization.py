@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from modeling_qbert import get_model_class
 
+from .adaptive import budget_in_kib, choose_modules, measure_gains, split_costs
 from .pruning import cut, head_and_neuron_importance, rewire
 from .recipe import Recipe, Stage
 from .splitting import split_state_dict
@@ -85,6 +86,8 @@ def initial_student(
 
 def _split_student(model_class: type, config: PreTrainedConfig, start: str) -> PreTrainedModel:
     ternary = model_class.from_pretrained(start, dtype=torch.float32)
+    if ternary.config.ternary_modules:  # adaptive splitting: only these have something to split
+        config.split_modules, config.ternary_modules = ternary.config.ternary_modules, None
     model = model_class(config)
     planes = model.split_weights
     if not planes:
@@ -104,6 +107,20 @@ def _split_student(model_class: type, config: PreTrainedConfig, start: str) -> P
         raise ValueError(f"{start}: init 'split' found {missing[:5]} missing and {unexpected[:5]} unexpected")
     model.tie_weights()
     return model
+
+
+def choose_ternary_modules(
+    stage: Stage,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    seed: int,
+) -> list[str]:
+    """Modules of a binary student that adaptive splitting within `stage.split_megabytes` makes ternary."""
+    gains = measure_gains(student, teacher, batches)
+    plain, costs = split_costs(student)
+    budget = budget_in_kib(stage.split_megabytes, plain, costs)
+    return choose_modules(gains, costs, budget, stage.split_selection, seed)
 
 
 def _pruned_student(

@@ -130,6 +130,8 @@ class Stage:
     (or the teacher's) network whose heads and neurons are ranked and cut to `width`; `subnetwork`, its leading part of
     that width as it is; `split`, the previous stage's ternary network split into two binary planes. `widths` trains
     all these widths at once. `teacher` names an earlier stage to imitate instead of the recipe's teacher.
+    `split_megabytes` makes a binary student ternary in the modules that the best (or, as controls, a random or the
+    worst) choice of adaptive splitting would split within a file of that size; a later stage splits just these.
     `learning_rate_ratio` multiplies the learning rate; `quantizer_learning_rate` is that of learned step sizes and
     clips. `training` takes any field of `transformers.TrainingArguments` but output_dir and seed.
     """
@@ -143,6 +145,8 @@ class Stage:
     targets: Targets = field(default_factory=Targets)
     teacher_dropout: bool = False
     temperature: float = 1.0
+    split_megabytes: float | None = None
+    split_selection: Literal["gain", "random", "smallest_gain"] = "gain"
     learning_rate_ratio: float = 1.0
     quantizer_learning_rate: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
@@ -158,6 +162,10 @@ class Stage:
             _require(self.width is None, "width", "nothing, unless init is 'pruned' or 'subnetwork'", self.width)
         for key, widths in (("width", () if self.width is None else (self.width,)), ("widths", self.widths)):
             _require(all(0 < width <= 1 for width in widths), key, "shares in (0, 1]", widths)
+        if self.split_megabytes is not None:
+            bits, found = self.quantization.bits, (self.split_megabytes, self.quantization.bits)
+            _require(bits.startswith("1-1-"), "split_megabytes", "a stage of binary weights, bits 1-1-A", found)
+            _require(self.quantization.planes == 1, "split_megabytes", "one plane, before the splitting", found)
         _require(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "above 0", self.temperature)
         object.__setattr__(self, "training", _training_arguments(self.training, "training"))
 
