@@ -5,9 +5,9 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT
 from tiny import randomize
 from transformers import AutoConfig, AutoModelForQuestionAnswering, BertConfig, BertModel, BertTokenizer, pipeline
+from zoo import ROOT
 
 
 WORDS = "the of a on in Ada Lovelace lived London wrote notes engine who where did what answer film good bad".split()
