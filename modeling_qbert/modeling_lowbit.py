@@ -188,10 +188,12 @@ class LowBitMixin:
         if bits == 32 or kind not in ("lsq", "pact"):
             return lambda name, columns: config.activation_quantizer_spec  # noqa: ARG005
 
-        def learned(columns: int, above: float | None = None) -> LsqQuantizer | PactQuantizer:
+        def learned(
+            columns: int, above: float | None = None, channels: int | None = None
+        ) -> LsqQuantizer | PactQuantizer:
             """Symmetric, or `above` a floor."""
             if kind == "lsq":
-                return LsqQuantizer(bits, above, columns * positions)
+                return LsqQuantizer(bits, above, columns * positions, channels or columns)
             dynamic = ActivationQuantizer(bits, above is None, config.activation_granularity == "per_tensor")
             return PactQuantizer(dynamic)
 
@@ -202,7 +204,8 @@ class LowBitMixin:
             second.add(f"{name}.output.dense")
             attention = layer.attention.self
             for part in ("query", "key", "value"):
-                attention.register_module(f"{part}_quantizer", learned(attention.all_head_size))
+                width = attention.attention_head_size
+                attention.register_module(f"{part}_quantizer", learned(attention.all_head_size, channels=width))
             attention.input_quantizer = learned(config.hidden_size)
             if kind == "lsq":
                 attention.probability_quantizer = learned(heads * positions, above=0.0)

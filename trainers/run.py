@@ -32,7 +32,14 @@ from .card import write_card
 from .checkpointing import AtomicCheckpointMixin, folder_lock, newest_complete_checkpoint
 from .data import Task, data_identity, label_config, load_data, task_of, tokenize
 from .distillation import DistillationArguments, DistillationTrainer
-from .initialization import BUNDLED, initial_student, load_teacher, resolve_model, student_config
+from .initialization import (
+    BUNDLED,
+    choose_ternary_modules,
+    initial_student,
+    load_teacher,
+    resolve_model,
+    student_config,
+)
 from .metrics import compute_metrics_for, score
 from .pruning import WidthAdaptiveTrainer, labelled_batches
 from .recipe import DataSpec, Recipe, Stage
@@ -41,6 +48,7 @@ from .tables import plot_training
 
 
 DONE = "DONE.json"  # written last into a finished teacher or stage folder
+GAIN_ROWS = 512  # training rows that measure the gains of adaptive splitting
 GOLDEN_TEXTS = (
     "a gripping, funny film",
     "two hours that feel like four",
@@ -218,7 +226,7 @@ class _Run:
     def _trainer(
         self, stage: Stage, folder: Path, previous: str, teacher: PreTrainedModel, identity: dict
     ) -> DistillationTrainer:
-        start = self.teacher_path if stage.init == "teacher" else previous
+        start = self.teacher_path if stage.init in ("teacher", "random_encoder") else previous
         training = self._arguments(folder, stage.training, self.recipe.seed)
         args = DistillationArguments(
             logits_weight=stage.targets.logits,
@@ -233,6 +241,15 @@ class _Run:
         # The evaluation split ranks heads and neurons, as in DynaBERT's code.
         batches = labelled_batches(self.tokenized[self.recipe.data.eval_split], self.tokenizer)
         student = initial_student(self.recipe, stage, start, self.labels, batches)
+        if stage.split_megabytes is not None:
+            # Its gains are measured on training rows, not on those it is judged by.
+            rows = self.tokenized[self.recipe.data.train_split]
+            batches = labelled_batches(rows.select(range(min(GAIN_ROWS, len(rows)))), self.tokenizer)
+            modules = choose_ternary_modules(stage, student, teacher, batches, self.recipe.seed)
+            fields = {**student.config.to_dict(), "ternary_modules": modules}
+            mixed = type(student)(type(student.config).from_dict(fields))
+            mixed.load_state_dict(student.state_dict())
+            student = mixed
         common = self._common(identity)
         if stage.widths:
             return WidthAdaptiveTrainer(model=student, teacher=teacher, args=args, widths=stage.widths, **common)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
@@ -193,6 +194,35 @@ def test_binarybert_by_its_recipe(workplace, tmp_path, backbone):
     half = dataclasses.replace(recipe, last_stage="half")
     first = run_recipe(half, tmp_path / "half", teachers=tmp_path / "teachers")
     assert first["packed"]["metrics"] == results["stages"][0]["metrics"] and first["stages"][0]["steps"] == 3
+
+
+def test_adaptive_splitting_by_its_recipe(workplace, tmp_path):
+    """Only the chosen modules are ternary and then split, within the size asked for."""
+    overrides = [
+        "data.task=rotten_tomatoes",
+        f"data.path={workplace / 'data'}",
+        "data.max_length=24",
+        f"teacher.model={workplace / 'bert'}",
+        "training.max_steps=3",
+        "training.bf16=false",
+    ]
+    path = Path(__file__).parents[2] / "examples" / "recipes" / "binarybert-adaptive-w1a8.yaml"
+    plain_size = 0
+    for megabytes, selection in ((None, "gain"), (0.0465, "gain"), (0.0465, "smallest_gain"), (1, "gain")):
+        chosen = [f"stages.1.split_megabytes={json.dumps(megabytes)}", f"stages.1.split_selection={selection}"]
+        if megabytes is None:
+            chosen += ["stages.3.init=previous", "stages.3.quantization.planes=1"]
+        output = tmp_path / f"{megabytes}-{selection}"
+        results = run_recipe(Recipe.from_yaml(path, overrides + chosen), output, teachers=tmp_path / "teachers")
+        config = AutoConfig.from_pretrained(output / "packed")
+        size = results["packed"]["bytes"]
+        assert results["packed"]["max_logit_difference"] == 0.0 and config.ternary_modules is None
+        if megabytes is None:
+            plain_size = size
+            assert config.planes == 1 and plain_size < 46_500
+        else:
+            assert config.planes == 2 and plain_size < size <= 1e6 * megabytes
+            assert config.split_modules
 
 
 def test_killed_and_started_again_ends_in_the_same_file(finished, tmp_path):
