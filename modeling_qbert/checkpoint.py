@@ -35,6 +35,10 @@ class CheckpointError(ValueError):
     """A checkpoint that must not be used; the text names the file and the tensor or field, expected and found."""
 
 
+class ShapeError(CheckpointError, RuntimeError):
+    """Tensors of other shapes than the model's, for which Transformers' callers expect a RuntimeError."""
+
+
 @dataclass(frozen=True)
 class Expected:
     """What a model wants of one tensor; `columns` and `packing` are set for packed codes."""

@@ -20,7 +20,7 @@ from transformers.models.electra.modeling_electra import (
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead, RobertaLayer, RobertaPooler
 
 from .attention import quantized_attention  # noqa: F401 (registers the attention functions)
-from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, check_folder, stale_weights
+from .checkpoint import WEIGHTS_FILE, CheckpointError, ShapeError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import LowBitConfig, low_bit_fields
 from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory, register_quantizer
 from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, WeightSpec, pack_layer
@@ -253,7 +253,8 @@ class LowBitMixin:
             foreign = isinstance(error, RuntimeError) and "mismatch" not in str(error)
             if foreign or (isinstance(error, CheckpointError) and source in str(error)):
                 raise
-            raise CheckpointError(f"{source}: {error}") from error
+            kind = ShapeError if isinstance(error, RuntimeError) else CheckpointError
+            raise kind(f"{source}: {error}") from error
         types = getattr(getattr(model, "hf_quantizer", None), "float_dtypes", {model.dtype})
         if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in ("auto", None) and model.dtype not in types:
             raise CheckpointError(f"{source}/config.json: field 'dtype' is {model.dtype}, the file holds {types}")
