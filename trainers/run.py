@@ -48,7 +48,7 @@ from .tables import plot_training
 
 
 DONE = "DONE.json"  # written last into a finished teacher or stage folder
-GAIN_ROWS = 512  # training rows that measure the gains of adaptive splitting
+RANKING_ROWS = 512  # training rows that rank what is pruned and what is split
 GOLDEN_TEXTS = (
     "a gripping, funny film",
     "two hours that feel like four",
@@ -238,13 +238,11 @@ class _Run:
             **training,
         )
         args.learning_rate *= stage.learning_rate_ratio
-        # The evaluation split ranks heads and neurons, as in DynaBERT's code.
-        batches = labelled_batches(self.tokenized[self.recipe.data.eval_split], self.tokenizer)
+        # Training rows rank heads, neurons and modules; in DynaBERT's code the rows that the score is measured on do.
+        rows = self.tokenized[self.recipe.data.train_split]
+        batches = labelled_batches(rows.select(range(min(RANKING_ROWS, len(rows)))), self.tokenizer)
         student = initial_student(self.recipe, stage, start, self.labels, batches)
         if stage.split_megabytes is not None:
-            # Its gains are measured on training rows, not on those it is judged by.
-            rows = self.tokenized[self.recipe.data.train_split]
-            batches = labelled_batches(rows.select(range(min(GAIN_ROWS, len(rows)))), self.tokenizer)
             modules = choose_ternary_modules(stage, student, teacher, batches, self.recipe.seed)
             fields = {**student.config.to_dict(), "ternary_modules": modules}
             mixed = type(student)(type(student.config).from_dict(fields))
