@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops import dequantize_weight, has_fast_int8, quantized_linear, scaled_code_sums
+from .ops import dequantize_weight, gelu, has_fast_int8, layer_norm, quantized_linear, scaled_code_sums
 from .packing import pack_codes, packed_columns, unpack_codes
 from .quantizers import (
     WEIGHT_QUANTIZERS,
@@ -184,6 +184,25 @@ def _quantize_input(x: Tensor, quantizer: ActivationQuantizer, token_mask: Tenso
     if not compiling:
         _last_input.value = (weakref.ref(x), key, quantized)
     return quantized
+
+
+class FixedLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm whose answers in eval mode are those of `ops.layer_norm`; training uses torch's faster kernel, which
+    rounds otherwise from one CPU to the next."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        super().__init__(norm.normalized_shape, eps=norm.eps, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class FixedGELU(nn.Module):
+    """GELU whose answers in eval mode are those of `ops.gelu`; training uses torch's faster kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x) if self.training else gelu(x)
 
 
 class _PackedMixin:

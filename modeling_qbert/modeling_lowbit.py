@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import GELUActivation
 from transformers.models.bert.modeling_bert import BertLayer, BertPooler
 from transformers.models.electra.modeling_electra import (
     ElectraClassificationHead,
@@ -21,7 +22,15 @@ from .attention import quantized_attention  # noqa: F401 (registers the attentio
 from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import low_bit_fields
 from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory
-from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, pack_layer
+from .layers import (
+    FixedGELU,
+    FixedLayerNorm,
+    PackedEmbedding,
+    PackedLinear,
+    QuantEmbedding,
+    QuantLinear,
+    pack_layer,
+)
 from .ops import dequantize_weight
 from .packing import PACKINGS
 
@@ -92,6 +101,12 @@ class LowBitMixin:
             if decoder is not None and self.config.tie_word_embeddings:
                 name = next(name for name, module in self.named_modules() if module is decoder)
                 self.set_submodule(name, QuantLinear(decoder, embedding, activation, (embeddings,)))
+        if activation is not None:  # a code must not depend on how a kernel rounds
+            for name, module in list(self.base_model.named_modules()):
+                if type(module) is nn.LayerNorm:
+                    self.base_model.set_submodule(name, FixedLayerNorm(module))
+                elif isinstance(getattr(module, "intermediate_act_fn", None), GELUActivation):
+                    module.intermediate_act_fn = FixedGELU()
         self.base_model.register_forward_pre_hook(check_inputs, with_kwargs=True)
         if self.config.activation_granularity == "per_tensor" and activation is not None:
             self.base_model.register_forward_pre_hook(share_token_mask, with_kwargs=True)

@@ -1,0 +1,245 @@
+// The C interface. Pointers and sizes come from modeling_qbert/native.py, which has checked them; memory that runs out
+// is the one error: a null pointer or -1.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "encoder.h"
+
+namespace qbert {
+namespace {
+
+std::atomic<int> level_in_use{-1};
+
+Level supported() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vpopcntdq"))
+        return kAvx512;
+    if (__builtin_cpu_supports("avx2")) return kAvx2;
+#endif
+    return kScalar;
+}
+
+}  // namespace
+
+Level best_level() {
+    static const Level best = [] {
+        const char* cap = std::getenv("QBERT_CPU");
+        const int most = !cap ? kAvx512 : !std::strcmp(cap, "scalar") ? kScalar : !std::strcmp(cap, "avx2") ? kAvx2 : kAvx512;
+        return static_cast<Level>(std::min<int>(most, supported()));
+    }();
+    return best;
+}
+
+Level level() {
+    const int current = level_in_use.load(std::memory_order_relaxed);
+    return current < 0 ? best_level() : static_cast<Level>(current);
+}
+
+void set_level(Level wanted) { level_in_use.store(std::min(wanted, best_level())); }
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+    if (level() == kAvx512) return kAvx512Kernels;
+    if (level() == kAvx2) return kAvx2Kernels;
+#endif
+    return kScalarKernels;
+}
+
+}  // namespace qbert
+
+using namespace qbert;
+
+namespace {
+
+struct Rows {  // codes of activations with what `linear` needs beside them
+    Buffer<int8_t> codes;
+    Buffer<int32_t> sums;
+};
+
+// Copies codes (N, I) to rows of the weight's depth and sums them per group.
+void lay_out_rows(const Weight& w, const int8_t* x, long rows, Rows& out) {
+    out.codes.reset(rows * w.depth);
+    out.sums.reset(rows * w.groups);
+    for (long row = 0; row < rows; ++row) {
+        std::memcpy(out.codes.get() + row * w.depth, x + row * w.columns, w.columns);
+        for (long c = 0; c < w.columns; ++c)
+            out.sums[row * w.groups + (w.groups == 1 ? 0 : c / w.group_columns)] += x[row * w.columns + c];
+    }
+}
+
+void set_norm(LayerNorm& norm, const float* weight, const float* bias, float epsilon, long columns) {
+    norm.weight.reset(columns), norm.bias.reset(columns);
+    std::memcpy(norm.weight.get(), weight, columns * 4);
+    std::memcpy(norm.bias.get(), bias, columns * 4);
+    norm.epsilon = epsilon;
+}
+
+struct Job {
+    const Weight* weight;
+    const Codes* codes;
+    const float* scale;
+    float* y;
+    long rows;
+};
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int qb_version() { return 1; }
+
+int qb_best_level() { return best_level(); }
+
+int qb_level() { return level(); }
+
+void qb_set_level(int wanted) { set_level(static_cast<Level>(wanted)); }
+
+void* qb_weight_new(int layout, const uint8_t* packed, int64_t rows, int64_t columns, int64_t planes, int64_t groups,
+                    int64_t group_columns, const float* scale, const float* bias) try {
+    return make_weight(static_cast<Layout>(layout), packed, rows, columns, planes, groups, group_columns, scale, bias)
+            .release();
+} catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
+void qb_weight_free(void* weight) { delete static_cast<Weight*>(weight); }
+
+// out (N, O) int32: sums of the codes x (N, I) of one plane and group.
+int qb_sums(const void* weight, int64_t plane, int64_t group, const int8_t* x, int64_t rows, int32_t* out) try {
+    const Weight& w = *static_cast<const Weight*>(weight);
+    Rows laid;
+    lay_out_rows(w, x, rows, laid);
+    Buffer<int32_t> sums(rows * w.padded_rows());
+    kernels().sums(w, plane, group, laid.codes.get(), laid.sums.get(), rows, sums.get());
+    for (long row = 0; row < rows; ++row)
+        std::memcpy(out + row * w.rows, sums.get() + row * w.padded_rows(), w.rows * 4);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return -1;
+}
+
+// y (N, O) = linear_codes of codes x (N, I) with scale and offset (N).
+int qb_linear(const void* weight, const int8_t* x, float* scale, float* offset, int64_t rows, float* y,
+              int threads) try {
+    const Weight& w = *static_cast<const Weight*>(weight);
+    Rows laid;
+    lay_out_rows(w, x, rows, laid);
+    Buffer<float> wide(rows * w.padded_rows());
+    const Codes codes{laid.codes.get(), scale, offset, laid.sums.get(), w.depth, w.groups};
+    Job job{&w, &codes, scale, wide.get(), rows};
+    run_team(threads, [](void* context, int thread, Team& team) {
+        const Job& j = *static_cast<Job*>(context);
+        const long vectors = j.weight->vectors;
+        kernels().linear(*j.weight, *j.codes, j.rows, vectors * thread / team.size(),
+                         vectors * (thread + 1) / team.size(), j.y, j.weight->padded_rows());
+    }, &job);
+    for (long row = 0; row < rows; ++row) std::memcpy(y + row * w.rows, wide.get() + row * w.padded_rows(), w.rows * 4);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return -1;
+}
+
+// codes (N, I) int8, scale and offset (N) of x (N, I).
+int qb_quantize(const float* x, int64_t rows, int64_t columns, int bits, int symmetric, int8_t* codes, float* scale,
+                float* offset) try {
+    Buffer<int32_t> sums(rows);
+    const Codes out{codes, scale, offset, sums.get(), columns, 1};
+    for (long row = 0; row < rows; ++row)
+        kernels().quantize(x + row * columns, columns, kernels().range(x + row * columns, columns), {bits, symmetric},
+                           columns, out, row);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return -1;
+}
+
+void qb_gelu(float* x, int64_t rows, int64_t columns) {
+    for (long row = 0; row < rows; ++row) kernels().gelu(x + row * columns, columns);
+}
+
+int qb_layer_norm(float* x, int64_t rows, int64_t columns, const float* weight, const float* bias, float epsilon) try {
+    LayerNorm norm;
+    set_norm(norm, weight, bias, epsilon, columns);
+    for (long row = 0; row < rows; ++row) kernels().layer_norm(norm, nullptr, x + row * columns, columns);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return -1;
+}
+
+// context (T, D) of query, key, value (T, D).
+int qb_attention(const float* query, const float* key, const float* value, int64_t tokens, int64_t size, float scaling,
+                 int bits, int symmetric, float* context) try {
+    Buffer<uint8_t> scratch(attention_scratch(tokens, size));
+    kernels().attention(
+            {query, key, value, size, context, size, tokens, size, scaling, {bits, symmetric}, scratch.get()});
+    return 0;
+} catch (const std::bad_alloc&) {
+    return -1;
+}
+
+void* qb_encoder_new(int64_t layers, int64_t hidden, int64_t heads, int64_t head_size, int64_t intermediate, int feature,
+                     int bits, int symmetric, float scaling) try {
+    auto encoder = std::make_unique<Encoder>();
+    encoder->hidden = hidden, encoder->heads = heads, encoder->head_size = head_size;
+    encoder->intermediate = intermediate, encoder->feature = static_cast<Feature>(feature);
+    encoder->activation = {bits, symmetric}, encoder->scaling = scaling;
+    encoder->layers.resize(layers);
+    return encoder.release();
+} catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
+void qb_encoder_free(void* encoder) { delete static_cast<Encoder*>(encoder); }
+
+// Takes the four weights: query over key over value, attention output, up and down.
+int qb_encoder_layer(void* encoder, int64_t index, void* query_key_value, void* output, void* up, void* down,
+                     const float* attention_weight, const float* attention_bias, const float* output_weight,
+                     const float* output_bias, float epsilon) try {
+    Encoder& e = *static_cast<Encoder*>(encoder);
+    Layer& layer = e.layers[index];
+    layer.query_key_value.reset(static_cast<Weight*>(query_key_value));
+    layer.output.reset(static_cast<Weight*>(output));
+    layer.up.reset(static_cast<Weight*>(up));
+    layer.down.reset(static_cast<Weight*>(down));
+    set_norm(layer.after_attention, attention_weight, attention_bias, epsilon, e.hidden);
+    set_norm(layer.after_feed_forward, output_weight, output_bias, epsilon, e.hidden);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return -1;
+}
+
+// The tables stay the caller's and must outlive the encoder.
+int qb_encoder_embedding(void* encoder, int layout, const uint8_t* words, const float* scale, int64_t scale_rows,
+                         int64_t groups, int64_t group_columns, const float* types, const float* positions,
+                         const float* weight, const float* bias, float epsilon) try {
+    Encoder& e = *static_cast<Encoder*>(encoder);
+    auto embedding = std::make_unique<Embedding>();
+    embedding->layout = static_cast<Layout>(layout);
+    embedding->words = words, embedding->scale = scale, embedding->scale_rows = scale_rows;
+    embedding->groups = groups, embedding->group_columns = group_columns;
+    embedding->types = types, embedding->positions = positions;
+    set_norm(embedding->norm, weight, bias, epsilon, e.hidden);
+    e.embedding = std::move(embedding);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return -1;
+}
+
+int qb_encoder_forward(const void* encoder, int64_t sentences, int64_t tokens, const uint8_t* mask,
+                       const float* embedded, const int64_t* words, const int64_t* types, const int64_t* positions,
+                       float* output, int threads) try {
+    forward(*static_cast<const Encoder*>(encoder),
+            {sentences, tokens, mask, embedded, words, types, positions, output}, threads);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return -1;
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
