@@ -123,7 +123,8 @@ def main() -> None:
     print(f"\nAnswers of {packed}, loaded again:")
     answer(packed)
     compare(str(teacher), packed, results)
-    print(f"Losses and scores of the distillation: {output / f'stage-0-{recipe.stages[0].name}' / 'training.png'}")
+    training = output / f"stage-0-{recipe.stages[0].name}" / "training"
+    print(f"Losses and scores of the distillation: {training / 'training.png'}")
     print(f"Model card: {packed / 'README.md'}")
 
 

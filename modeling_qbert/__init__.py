@@ -1,18 +1,27 @@
 """Low-bit BERTs for Transformers. Importing this package registers every family with the Auto classes."""
 
-from . import modeling_ternary
+from . import modeling_binary, modeling_ternary
 from .checkpoint import CheckpointError
-from .configuration_qbert import TernaryBertConfig, TernaryElectraConfig, TernaryRobertaConfig
+from .configuration_qbert import (
+    BinaryBertConfig,
+    BinaryElectraConfig,
+    BinaryRobertaConfig,
+    TernaryBertConfig,
+    TernaryElectraConfig,
+    TernaryRobertaConfig,
+)
+from .modeling_binary import *  # noqa: F403
 from .modeling_ternary import *  # noqa: F403
+from .quantizers import quantize_bwn, quantize_twn
 from .report import checkpoint_report, format_report, verify_checkpoint
 
 
-_FAMILIES = {"ternary": modeling_ternary.HEADS}
+_FAMILIES = {"ternary": modeling_ternary.HEADS, "binary": modeling_binary.HEADS}
 
 
 def get_model_class(family: str, backbone: str, head: str) -> type:
-    """The class of a family ("ternary"), backbone ("bert", "roberta", "electra") and head ("base", "masked-lm",
-    "sequence-classification", "token-classification", "multiple-choice", "question-answering")."""
+    """The class of a family ("ternary", "binary"), a backbone ("bert", "roberta", "electra") and a head ("base",
+    "masked-lm", "sequence-classification", "token-classification", "multiple-choice", "question-answering")."""
     for name, value, known in (("family", family, _FAMILIES), ("backbone", backbone, _FAMILIES.get(family, {}))):
         if value not in known:
             raise ValueError(f"{name} must be one of {sorted(known)}, found {value!r}")
@@ -23,6 +32,9 @@ def get_model_class(family: str, backbone: str, head: str) -> type:
 
 
 __all__ = [
+    "BinaryBertConfig",
+    "BinaryElectraConfig",
+    "BinaryRobertaConfig",
     "CheckpointError",
     "TernaryBertConfig",
     "TernaryElectraConfig",
@@ -30,6 +42,9 @@ __all__ = [
     "checkpoint_report",
     "format_report",
     "get_model_class",
+    "quantize_bwn",
+    "quantize_twn",
     "verify_checkpoint",
+    *modeling_binary.__all__,
     *modeling_ternary.__all__,
 ]

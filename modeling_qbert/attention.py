@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from .ops import quantized_matmul
-from .quantizers import ActivationQuantizer, Quantized, SoftmaxCodes, softmax_codes
+from .quantizers import LsqQuantizer, Quantized, SoftmaxCodes, learned_softmax_codes, softmax_codes
 
 
 MASKED = -1e3  # an additive mask below this hides a key: masks hold 0 and -10,000 or the least number of their type
@@ -41,13 +41,15 @@ def quantized_attention(
     Q and K have one range per token and head, probabilities one per query. V has one per sentence and head, over the
     tokens that its mask keeps: a range per token would put its scale inside the sum over tokens, and the product would
     no longer be one of whole numbers. No range sees padding or a neighbouring sentence. With
-    `activation_granularity="per_tensor"` each of the four has one range over the batch, padding excluded.
+    `activation_granularity="per_tensor"` each of the four has one range over the batch, padding excluded. Learned
+    quantizers are the module's own `query_quantizer`, `key_quantizer`, `value_quantizer`, `probability_quantizer`.
 
     Returns the context (B, T, H, D) and the probabilities, or scores if `return_scores`, (B, H, T, T).
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    quantizer: ActivationQuantizer | None = getattr(module.config, "activation_quantizer_spec", None)
-    if quantizer is None:
+    quantizer = getattr(module.config, "activation_quantizer_spec", None)
+    learned = getattr(module, "probability_quantizer", None)
+    if quantizer is None and learned is None:
         scores = (query @ key.transpose(-1, -2)) * scaling
         if attention_mask is not None:
             scores = scores + attention_mask
@@ -60,22 +62,31 @@ def quantized_attention(
             attention_mask = attention_mask.float().clamp_min(torch.finfo(torch.float32).min)
             token_is_real = (attention_mask > MASKED).any(-2).unsqueeze(-1)
             token_is_real = token_is_real.any(1, keepdim=True)
-        rows_are_real = token_is_real if quantizer.per_tensor else None
+        per_tensor = quantizer is not None and quantizer.per_tensor
+        rows_are_real = token_is_real if per_tensor or learned is not None else None
         dtype = query.dtype
         query, key, value = query.float(), key.float(), value.float()
-        if quantizer.per_tensor:
-            query_codes, key_codes = quantizer(query, rows_are_real), quantizer(key, rows_are_real)
-        else:  # their ranges lie within a token: one call for both
-            both = quantizer(torch.stack((query, key)))
-            query_codes, key_codes = (
-                Quantized(*(None if x is None else x[index] for x in both)) for index in range(2)
-            )
-        value_codes = quantizer(value, token_is_real, dims=(-2, -1))
+        if hasattr(module, "query_quantizer"):
+            query, query_codes = module.query_quantizer.quantize(query, rows_are_real)
+            key, key_codes = module.key_quantizer.quantize(key, rows_are_real)
+            value, value_codes = module.value_quantizer.quantize(value, token_is_real, dims=(-2, -1))
+        else:
+            if per_tensor:
+                query_codes, key_codes = quantizer(query, rows_are_real), quantizer(key, rows_are_real)
+            else:  # their ranges lie within a token: one call for both
+                both = quantizer(torch.stack((query, key)))
+                query_codes, key_codes = (
+                    Quantized(*(None if x is None else x[index] for x in both)) for index in range(2)
+                )
+            value_codes = quantizer(value, token_is_real, dims=(-2, -1))
         scores = quantized_matmul(query, key.transpose(-1, -2), query_codes, _transposed(key_codes)) * scaling
         if attention_mask is not None:
             scores = scores + attention_mask
-        softmax = SoftmaxCodes.apply if torch.is_grad_enabled() else softmax_codes
-        probabilities, codes, scale = softmax(scores, quantizer.bits, quantizer.per_tensor, rows_are_real)
+        if isinstance(learned, LsqQuantizer):
+            probabilities, codes, scale = learned_softmax_codes(scores, learned, rows_are_real)
+        else:
+            softmax = SoftmaxCodes.apply if torch.is_grad_enabled() else softmax_codes
+            probabilities, codes, scale = softmax(scores, quantizer.bits, per_tensor, rows_are_real)
         if dropout and module.training:
             kept = torch.bernoulli(torch.full_like(codes, 1 - dropout))
             probabilities, codes, scale = probabilities * kept / (1 - dropout), codes * kept, scale / (1 - dropout)

@@ -24,6 +24,7 @@ from .packing import FORMAT_VERSION, PACKINGS, find_invalid_code
 WEIGHTS_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 4_000_000  # a packed BERT's header is some 50 kB
 MAX_SCALE = 1e6  # a trained weight scale is below 1
+QUANTIZER_STATE = ("weight_scale", "_quantizer.step", "_quantizer.clip")  # always fp32
 MIN_SCALE = torch.finfo(torch.float32).tiny  # a denormal may count as 0 on some device
 _ITEM_SIZE = {"U8": 1, "F32": 4, "BF16": 2, "F16": 2}
 _DTYPE_NAMES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -72,7 +73,7 @@ class PackedFile:
         return {
             _DTYPES[record.dtype]
             for name, record in self.tensors.items()
-            if record.dtype != "U8" and not name.endswith("weight_scale")
+            if record.dtype != "U8" and not name.endswith(QUANTIZER_STATE)
         }
 
     def tensor(self, name: str) -> Tensor:
@@ -279,7 +280,8 @@ def check_tensors(file: PackedFile, expected: Mapping[str, Expected]) -> None:
     """dtype, shape, codes and scales of every tensor in `expected`, all of which the file has; and all are finite."""
     for name, want in expected.items():
         record = file.tensors[name]
-        dtypes = ("U8",) if want.packing else ("F32",) if want.is_scale else ("F32", "BF16", "F16")
+        always_float32 = name.endswith(QUANTIZER_STATE)
+        dtypes = ("U8",) if want.packing else ("F32",) if always_float32 else ("F32", "BF16", "F16")
         if record.dtype not in dtypes:
             raise file.fail(f"tensor {name!r} must be {' or '.join(dtypes)}, found {record.dtype}")
         if record.shape != want.shape:
@@ -302,14 +304,23 @@ def check_tensors(file: PackedFile, expected: Mapping[str, Expected]) -> None:
                 f"tensor {name!r} must hold scales in [{MIN_SCALE:g}, {MAX_SCALE:g}), "
                 f"found {float(tensor.min()):g} to {float(tensor.max()):g}"
             )
+        if name.endswith("_quantizer.clip") and not bool(tensor[0] < tensor[1]):
+            raise file.fail(f"tensor {name!r} must hold a lower and a higher clip, found {tensor.tolist()}")
 
 
-def check_config(file: PackedFile, compute_fields: dict[str, Any], ignore: frozenset[str] = frozenset()) -> None:
-    """The config that a model is built from says what the file was saved with."""
+def check_config(
+    file: PackedFile,
+    compute_fields: dict[str, Any],
+    defaults: Mapping[str, Any],
+    ignore: frozenset[str] = frozenset(),
+) -> None:
+    """The config that a model is built from says what the file was saved with.
+
+    A field that either of them lacks has its value in `defaults`: a file may be older than a field.
+    """
     saved = file.json("qbert_config")
     found = json.loads(json.dumps(compute_fields))
     for name in sorted(set(saved) | set(found)):
-        if name not in ignore and saved.get(name) != found.get(name):
-            raise file.fail(
-                f"was saved with config field {name!r} = {saved.get(name)!r}, config.json says {found.get(name)!r}"
-            )
+        values = [fields.get(name, defaults.get(name)) for fields in (saved, found)]
+        if name not in ignore and values[0] != values[1]:
+            raise file.fail(f"was saved with config field {name!r} = {values[0]!r}, config.json says {values[1]!r}")

@@ -23,11 +23,15 @@ _RANGES = {
     "embedding_size": (1, 16_384),
     "num_hidden_layers": (0, 128),
     "num_attention_heads": (1, 1_024),
+    "head_dim": (1, 16_384),
     "intermediate_size": (1, 65_536),
     "max_position_embeddings": (1, 65_536),
     "type_vocab_size": (1, 1_024),
     "group_size": (1, 65_536),
 }
+# Fields younger than the first files of this format; a file leaves them out while they have their default, so that
+# saving an old model again gives its old bytes.
+_YOUNGER_FIELDS = ("planes", "split_modules", "ternary_modules", "position_bits", "head_dim")
 _MAX_PARAMETERS = 2_000_000_000
 _LOW_BIT_WORD = re.compile(r"bits|quant|granularity|packing|planes|ghost")
 
@@ -39,17 +43,32 @@ class LowBitConfig(PreTrainedConfig):
 
     Args:
         bits (`str`, *optional*, defaults to `"2-2-8"`):
-            W-E-A: bits of encoder weights, word embedding and activations. 2 is ternary {-1, 0, +1}, 8 is symmetric
-            int8, 32 is full precision; activations have 8, 4 or 32. Quantized activations need quantized weights.
+            W-E-A: bits of encoder weights, word embedding and activations. 1 is binary {-1, +1}, 2 is ternary
+            {-1, 0, +1}, 8 is symmetric int8, 32 is full precision; activations have 8, 4 or 32. Quantized activations
+            need quantized weights.
         weight_quantizer (`"twn"` or `"lat"`, *optional*, defaults to `"twn"`):
             Ternary quantizer: approximation based (TWN) or loss aware (LAT).
         weight_granularity, embedding_granularity (*optional*, default to `"per_tensor"` and `"per_row"`):
             One scale per matrix, per output row, or per `group_size` columns of a row. Defaults as TernaryBERT.
         group_size (`int`, *optional*, defaults to 64): Columns that share a scale with `"per_group"`.
-        activation_quantizer (`"asymmetric"` or `"symmetric"`, *optional*, defaults to `"asymmetric"`):
-            Dynamic min-max range (TernaryBERT's paper; its released code is symmetric).
+        activation_quantizer (`"asymmetric"`, `"symmetric"`, `"pact"` or `"lsq"`, *optional*, defaults to
+            `"asymmetric"`): Dynamic min-max range (TernaryBERT's paper is asymmetric, its released code symmetric);
+            the same between two learned clips (BinaryBERT's A8); or one learned step size (BinaryBERT's A4). The last
+            two are symmetric but for attention probabilities and the input of a layer's second feed-forward matrix.
         activation_granularity (`"per_token"` or `"per_tensor"`, *optional*, defaults to `"per_token"`):
-            One range per token, or one over the whole batch as in the papers: predictions then depend on the batch.
+            One dynamic range per token, or one over the whole batch as in the papers: predictions then depend on the
+            batch. A learned step size belongs to no token and no batch.
+        planes (`1` or `2`, *optional*, defaults to 1):
+            Code matrices of a binary layer, which sums them: 1 is plain binary, 2 is the outcome of ternary weight
+            splitting (BinaryBERT).
+        split_modules (`list[str]`, *optional*):
+            With 2 planes, the only modules that have two (adaptive splitting), named as in the backbone:
+            `"encoder.layer.0.output.dense"`, `"embeddings.word_embeddings"`. `None` means all.
+        ternary_modules (`list[str]`, *optional*):
+            Modules held ternary although `bits` says binary: those that adaptive splitting is about to split.
+        position_bits (`32` or `8`, *optional*, defaults to 32): Bits of the position embedding, one scale per row.
+        head_dim (`int`, *optional*, defaults to `hidden_size / num_attention_heads`):
+            Width of an attention head; width pruning keeps it while heads become fewer.
     """
 
     bits: str = "2-2-8"
@@ -57,8 +76,13 @@ class LowBitConfig(PreTrainedConfig):
     weight_granularity: Granularity = "per_tensor"
     embedding_granularity: Granularity = "per_row"
     group_size: int = 64
-    activation_quantizer: Literal["symmetric", "asymmetric"] = "asymmetric"
+    activation_quantizer: Literal["symmetric", "asymmetric", "pact", "lsq"] = "asymmetric"
     activation_granularity: Literal["per_token", "per_tensor"] = "per_token"
+    planes: Literal[1, 2] = 1
+    split_modules: list[str] | None = None
+    ternary_modules: list[str] | None = None
+    position_bits: Literal[32, 8] = 32
+    head_dim: int | None = None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -91,8 +115,8 @@ class LowBitConfig(PreTrainedConfig):
         """Run by `@strict` after birth and before saving: every error names the field, its range and its value."""
         weight, embedding, activation = self.bit_widths
         for name, value, allowed in (
-            ("weights", weight, (2, 8, 32)),
-            ("embedding", embedding, (2, 8, 32)),
+            ("weights", weight, (1, 2, 8, 32)),
+            ("embedding", embedding, (1, 2, 8, 32)),
             ("activations", activation, (4, 8, 32)),
         ):
             if value not in allowed:
@@ -100,17 +124,23 @@ class LowBitConfig(PreTrainedConfig):
         if weight == 32 and activation != 32:
             raise ValueError(
                 f"config field `bits`: quantized activations need quantized weights, found {self.bits!r}; "
-                "use 32 bits for both or 2 or 8 bits for the weights"
+                "use 32 bits for both or fewer for the weights"
             )
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name, low)
+            if name == "head_dim" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"config field `{name}` must be a whole number in [{low}, {high}], found {value!r}")
-        if self.hidden_size % self.num_attention_heads:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"config field `hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})"
+                f"({self.num_attention_heads}), or `head_dim` be given"
             )
+        if (self.planes == 2 or self.ternary_modules) and 1 not in (weight, embedding):
+            raise ValueError(f"config fields `planes` and `ternary_modules` need binary weights, found {self.bits!r}")
+        if self.split_modules is not None and self.planes == 1:
+            raise ValueError("config field `split_modules` needs `planes` to be 2")
         layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
         parameters = self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
         if parameters > _MAX_PARAMETERS:
@@ -140,31 +170,42 @@ class LowBitConfig(PreTrainedConfig):
         """(weights, word embedding, activations)."""
         return _bit_widths(self.bits)
 
-    @property
-    def weight_spec(self) -> WeightSpec | None:
-        """Quantizer of the linear layers, None in full precision."""
-        return self._spec(self.bit_widths[0], self.weight_granularity)
+    def weight_spec(self, module: str) -> WeightSpec | None:
+        """Quantizer of a linear layer by its name in the backbone, None in full precision."""
+        return self._spec(module, self.bit_widths[0], self.weight_granularity)
+
+    def embedding_spec(self, module: str) -> WeightSpec | None:
+        """Quantizer of the word embedding by its name in the backbone, None in full precision."""
+        return self._spec(module, self.bit_widths[1], self.embedding_granularity)
 
     @property
-    def embedding_spec(self) -> WeightSpec | None:
-        """Quantizer of the word embedding, None in full precision."""
-        return self._spec(self.bit_widths[1], self.embedding_granularity)
+    def position_spec(self) -> WeightSpec | None:
+        """Quantizer of the position embedding, None in full precision."""
+        return WeightSpec("int8", "per_row", self.group_size) if self.position_bits == 8 else None
 
     @property
     def activation_quantizer_spec(self) -> ActivationQuantizer | None:
-        """Quantizer of linear inputs and attention factors, None in full precision."""
+        """Quantizer of linear inputs and attention factors that has no state; None in full precision, and with learned
+        step sizes, which belong to their modules (see `LowBitMixin`)."""
         return _activation_quantizer(self.bits, self.activation_quantizer, self.activation_granularity)
 
-    def _spec(self, bits: int, granularity: str) -> WeightSpec | None:
+    def _spec(self, module: str, bits: int, granularity: str) -> WeightSpec | None:
         if bits == 32:
             return None
-        return WeightSpec(self.weight_quantizer if bits == 2 else f"int{bits}", granularity, self.group_size)
+        if bits == 1 and module in (self.ternary_modules or ()):
+            bits = 2
+        split = bits == 1 and self.planes == 2 and (self.split_modules is None or module in self.split_modules)
+        quantizer = {1: "bwn", 2: self.weight_quantizer}.get(bits, f"int{bits}")
+        return WeightSpec(quantizer, granularity, self.group_size, 2 if split else 1)
 
     def compute_fields(self) -> dict[str, Any]:
         """Every field that an answer depends on; a packed file carries them and refuses a config that differs."""
         names = {*low_bit_fields(), *_RANGES, "hidden_act", "layer_norm_eps", "pad_token_id", "is_decoder"}
         names |= {name for name in vars(self) if name.startswith("summary_") and "dropout" not in name}
         fields = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
+        for name in _YOUNGER_FIELDS:
+            if fields[name] == getattr(type(self), name):
+                del fields[name]
         return {"model_type": self.model_type, **fields}
 
 
@@ -180,9 +221,9 @@ def _bit_widths(bits: str) -> tuple[int, int, int]:
 def _activation_quantizer(bits: str, quantizer: str, granularity: str) -> ActivationQuantizer | None:
     """Cached: every attention layer asks for it in every forward pass."""
     activation_bits = _bit_widths(bits)[2]
-    if activation_bits == 32:
+    if activation_bits == 32 or quantizer == "lsq":
         return None
-    return ActivationQuantizer(activation_bits, quantizer == "symmetric", granularity == "per_tensor")
+    return ActivationQuantizer(activation_bits, quantizer != "asymmetric", granularity == "per_tensor")
 
 
 def low_bit_fields() -> list[str]:
@@ -205,3 +246,24 @@ class TernaryRobertaConfig(LowBitConfig, RobertaConfig):
 class TernaryElectraConfig(LowBitConfig, ElectraConfig):
     __doc__ = "ELECTRA with ternary weights. Adds to `ElectraConfig`:\n" + (LowBitConfig.__doc__ or "")
     model_type = "ternary_electra"
+
+
+@strict
+class BinaryBertConfig(LowBitConfig, BertConfig):
+    __doc__ = "BERT with binary weights (BinaryBERT). Adds to `BertConfig`:\n" + (LowBitConfig.__doc__ or "")
+    model_type = "binary_bert"
+    bits: str = "1-1-8"
+
+
+@strict
+class BinaryRobertaConfig(LowBitConfig, RobertaConfig):
+    __doc__ = "RoBERTa with binary weights. Adds to `RobertaConfig`:\n" + (LowBitConfig.__doc__ or "")
+    model_type = "binary_roberta"
+    bits: str = "1-1-8"
+
+
+@strict
+class BinaryElectraConfig(LowBitConfig, ElectraConfig):
+    __doc__ = "ELECTRA with binary weights. Adds to `ElectraConfig`:\n" + (LowBitConfig.__doc__ or "")
+    model_type = "binary_electra"
+    bits: str = "1-1-8"

@@ -4,6 +4,15 @@ import os
 from typing import Any
 
 from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,6 +28,7 @@ from .checkpoint import (
     file_metadata,
     open_packed,
 )
+from .configuration_qbert import low_bit_fields
 from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, empty_packed_layer
 from .packing import FORMAT_VERSION, PACKINGS
 
@@ -127,7 +137,8 @@ def expected_tensors(model: nn.Module) -> dict[str, Expected]:
         if layer is not None and leaf == "weight":
             expected[name] = Expected(tuple(tensor.shape), layer.columns, layer.packing)
         else:
-            expected[name] = Expected(tuple(tensor.shape), is_scale=layer is not None and leaf == "weight_scale")
+            is_scale = (layer is not None and leaf == "weight_scale") or name.endswith("_quantizer.step")
+            expected[name] = Expected(tuple(tensor.shape), is_scale=is_scale)
     return expected
 
 
@@ -173,7 +184,8 @@ def check_file(path: str, model: nn.Module, packing: str) -> PackedFile:
     if file.metadata["qbert_packing"] != packing:
         raise file.fail(f"packing is {file.metadata['qbert_packing']!r}, config.json says {packing!r}")
     fields = model.config.compute_fields() | {"num_labels": model.config.num_labels}
-    check_config(file, fields, frozenset() if same_head else frozenset({"num_labels"}))
+    defaults = {name: getattr(type(model.config), name, None) for name in low_bit_fields()}
+    check_config(file, fields, defaults, frozenset() if same_head else frozenset({"num_labels"}))
     check_digests(file)
     check_tensors(file, expected)
     return file
@@ -182,14 +194,33 @@ def check_file(path: str, model: nn.Module, packing: str) -> PackedFile:
 MODEL_CLASSES: dict[str, type] = {}  # architecture -> class, of every registered family
 
 
-def register(config: type, heads: dict[Any, type]) -> None:
-    """Register one family on one backbone: `heads` maps Auto classes to model classes."""
-    from transformers import AutoConfig
+_BACKBONES = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra"}
+_HEADS = {
+    "base": ("Model", AutoModel),
+    "masked-lm": ("ForMaskedLM", AutoModelForMaskedLM),
+    "sequence-classification": ("ForSequenceClassification", AutoModelForSequenceClassification),
+    "token-classification": ("ForTokenClassification", AutoModelForTokenClassification),
+    "multiple-choice": ("ForMultipleChoice", AutoModelForMultipleChoice),
+    "question-answering": ("ForQuestionAnswering", AutoModelForQuestionAnswering),
+}
 
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    MODEL_CLASSES.update({model_class.__name__: model_class for model_class in heads.values()})
-    for auto_class, model_class in heads.items():
-        auto_class.register(config, model_class, exist_ok=True)
+
+def register_family(family: str, module: dict[str, Any]) -> dict[str, dict[str, type]]:
+    """Register a family with the Auto classes: `<family><Backbone><Head>` of a module's `globals()`.
+
+    Returns backbone -> head -> class.
+    """
+    heads = {
+        backbone: {head: module[f"{family}{name}{suffix}"] for head, (suffix, _) in _HEADS.items()}
+        for backbone, name in _BACKBONES.items()
+    }
+    for classes in heads.values():
+        config = classes["base"].config_class
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for head, model_class in classes.items():
+            MODEL_CLASSES[model_class.__name__] = model_class
+            _HEADS[head][1].register(config, model_class, exist_ok=True)
+    return heads
 
 
 # setdefault: remote code may import this module more than once, and the first one stays

@@ -1,6 +1,7 @@
 """Layers: latent (fp32 weights, fake-quant forward) and packed (bits and scales), same answers.
 
-Shapes: O out rows, I in columns, V vocabulary, C embedding width, G groups.
+Shapes: O out rows, I in columns, V vocabulary, C embedding width, G groups, P planes. With one plane a weight is
+(O, I), with more (P, O, I), and its layer adds the planes.
 """
 
 import threading
@@ -11,11 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops import dequantize_weight, gelu, has_fast_int8, layer_norm, quantized_linear, scaled_code_sums
+from .ops import (
+    dequantize_weight,
+    flatten_planes,
+    gelu,
+    has_fast_int8,
+    layer_norm,
+    quantized_linear,
+    scaled_code_sums,
+)
 from .packing import pack_codes, packed_columns, unpack_codes
 from .quantizers import (
     WEIGHT_QUANTIZERS,
     ActivationQuantizer,
+    LsqQuantizer,
+    PactQuantizer,
     Quantized,
     StraightThrough,
     lat_scale,
@@ -23,13 +34,19 @@ from .quantizers import (
 )
 
 
+PLANE_STD = 0.02  # BERT's initializer_range: the start of planes that no checkpoint and no splitting filled
+
+InputQuantizer = ActivationQuantizer | LsqQuantizer | PactQuantizer
+
+
 @dataclass(frozen=True)
 class WeightSpec:
-    """How one weight becomes codes: a row of `WEIGHT_QUANTIZERS` and the granularity of its scale."""
+    """How one weight becomes codes: a row of `WEIGHT_QUANTIZERS`, the granularity of its scale, its planes."""
 
     quantizer: str
     granularity: str
     group_size: int
+    planes: int = 1
 
     @property
     def bits(self) -> int:
@@ -38,16 +55,24 @@ class WeightSpec:
     @property
     def bound(self) -> int:
         """Largest magnitude of a code."""
-        return 1 if self.bits == 2 else 2 ** (self.bits - 1) - 1
+        return 1 if self.bits <= 2 else 2 ** (self.bits - 1) - 1
+
+    def shape(self, *shape: int) -> tuple[int, ...]:
+        """Shape of a weight or scale of all planes, given that of one."""
+        return shape if self.planes == 1 else (self.planes, *shape)
 
     def packing(self, ternary_packing: str) -> str:
         """Layout of the packed bits, given the one chosen for ternary codes."""
-        return ternary_packing if self.bits == 2 else "int8"
+        return {1: "1bit", 2: ternary_packing, 8: "int8"}[self.bits]
 
     def quantize(self, weight: Tensor, scale: Tensor | None) -> Quantized:
-        """Codes int8 and scale of a latent weight (O, I); `scale` is the state of the loss-aware quantizer."""
+        """Codes int8 and scale of a latent weight (O, I) or (P, O, I), each plane by itself; `scale` is the state of
+        the loss-aware quantizer."""
         quantizer = WEIGHT_QUANTIZERS[self.quantizer][1]
         with torch.no_grad():
+            if weight.dim() == 3:
+                planes = [quantizer(plane, self.granularity, self.group_size) for plane in weight]
+                return Quantized(torch.stack([p.codes for p in planes]), torch.stack([p.scale for p in planes]))
             if self.quantizer == "lat":
                 return quantizer(weight, scale, self.group_size)
             return quantizer(weight, self.granularity, self.group_size)
@@ -62,6 +87,12 @@ class _LatentMixin:
 
     def _init_spec(self, spec: WeightSpec, device) -> None:
         self.spec = spec
+        if spec.planes > 1:  # a start of its own for each plane: equal planes would stay equal
+            planes = torch.empty(spec.shape(*self.weight.shape), device=device, dtype=self.weight.dtype)
+            with torch.no_grad():
+                self.weight = nn.Parameter(planes.normal_(std=PLANE_STD))
+            self.register_buffer("weight_scale", None)
+            return
         shape = scale_shape(*self.weight.shape, spec.granularity, spec.group_size)
         self.register_buffer("weight_scale", torch.zeros(shape, device=device) if spec.quantizer == "lat" else None)
 
@@ -84,31 +115,62 @@ class _LatentMixin:
         self.weight_scale.copy_(scale)
 
 
-class QuantLinear(_LatentMixin, nn.Linear):
+class _QuantizedInput:
+    """The input side of QuantLinear and PackedLinear: `input_quantizer`, or one that belongs to another module."""
+
+    token_mask: Tensor | None
+
+    def _init_input(self, quantizer: InputQuantizer | None, shared: bool) -> None:
+        self.token_mask = None
+        self.input_quantizer = quantizer if isinstance(quantizer, nn.Module) and not shared else None
+        self._activation = (quantizer,) if self.input_quantizer is None else ()  # in a tuple it is no submodule
+
+    @property
+    def activation(self) -> InputQuantizer | None:
+        """Quantizer of the input, None in full precision."""
+        return self._activation[0] if self._activation else self.input_quantizer
+
+    @property
+    def shares_input(self) -> bool:
+        """Whether the quantizer's state belongs to another module: query, key and value read the same tensor."""
+        return bool(self._activation)
+
+
+class QuantLinear(_LatentMixin, _QuantizedInput, nn.Linear):
     """nn.Linear with a fake-quantized weight and, unless `activation` is None, fake-quantized input.
 
-    `source` names, in a tuple so that it is no submodule, the embedding whose codes and scales a tied decoder uses.
+    With two planes, weight and bias have a leading dim P; their outputs are added. `source` names, in a tuple so that
+    it is no submodule, the embedding whose codes and scales a tied decoder uses.
     """
 
     def __init__(
         self,
         linear: nn.Linear,
         spec: WeightSpec,
-        activation: ActivationQuantizer | None,
+        activation: InputQuantizer | None,
         source: tuple["QuantEmbedding", ...] = (),
+        shares_input: bool = False,
     ):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.activation, self.token_mask, self.source = activation, None, source
-        self._init_spec(spec, linear.weight.device)
+        self.weight, self.bias, self.source = linear.weight, linear.bias, source
+        self._init_input(activation, shares_input)
         if source:
-            self.weight_scale = None
+            self.spec, self.weight = spec, source[0].weight
+            self.register_buffer("weight_scale", None)
+            return
+        self._init_spec(spec, linear.weight.device)
+        if spec.planes > 1 and self.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach().expand(spec.planes, -1) / spec.planes)
 
     def quantize_weight(self) -> Quantized:
         return self.source[0].quantize_weight() if self.source else super().quantize_weight()
 
+    def summed_bias(self) -> Tensor | None:
+        """Bias (O,) of all planes together."""
+        return self.bias if self.bias is None or self.bias.dim() == 1 else self.bias.sum(0)
+
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(self, x, self.weight, self.quantize_weight())
+        return _linear(self, x, self.weight, flatten_planes(self.quantize_weight()), self.summed_bias())
 
 
 def check_ids(input_ids: Tensor, rows: int) -> None:
@@ -134,9 +196,16 @@ class QuantEmbedding(_LatentMixin, nn.Embedding):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         check_ids(input_ids, self.num_embeddings)
-        latent = super().forward(input_ids)
+        if self.spec.planes > 1:
+            return sum(self._look_up(input_ids, plane) for plane in self.weight)
+        return self._look_up(input_ids, self.weight)
+
+    def _look_up(self, input_ids: Tensor, weight: Tensor) -> Tensor:
+        """Fake-quantized rows of one plane (V, C)."""
+        latent = F.embedding(input_ids, weight, self.padding_idx)
         if self.spec.granularity == "per_tensor":
-            rows = F.embedding(input_ids, dequantize_weight(self.quantize_weight(), self.spec.group_size))
+            plane = self.spec.quantize(weight.detach(), self.weight_scale)
+            rows = F.embedding(input_ids, dequantize_weight(plane, self.spec.group_size))
         else:
             scale = None if self.weight_scale is None else self.weight_scale[input_ids.flatten()]
             quantized = self.spec.quantize(latent.detach().flatten(0, -2), scale)
@@ -149,41 +218,50 @@ def _linear(
     x: Tensor,
     latent: Tensor | None,
     weight: Quantized,
+    bias: Tensor | None,
     sums: Tensor | None = None,
 ) -> Tensor:
+    """Linear layer of the codes (P * O, I) that belong to the latent weight (O, I) or (P, O, I), None when packed."""
     spec = layer.spec
     if layer.activation is None:
         value = dequantize_weight(weight, spec.group_size)
+        if spec.planes > 1:
+            value = value.view(spec.planes, -1, value.shape[-1])
         value = value if latent is None else StraightThrough.apply(latent, value)
-        return F.linear(x, value.to(x.dtype), layer.bias)
-    activation = _quantize_input(x, layer.activation, layer.token_mask)
-    rows = x.reshape(-1, x.shape[-1])
-    y = quantized_linear(rows, latent, layer.bias, activation, weight, spec.bound, spec.group_size, sums)
+        return F.linear(x, (value.sum(0) if spec.planes > 1 else value).to(x.dtype), bias)
+    carrier, activation = _quantize_input(x, layer.activation, layer.token_mask)
+    rows = carrier.reshape(-1, x.shape[-1])
+    y = quantized_linear(rows, latent, bias, activation, weight, spec.bound, spec.group_size, sums, spec.planes)
     return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
 
 _last_input = threading.local()  # query, key and value read one tensor: it is quantized once
 
 
-@torch.no_grad()
-def _quantize_input(x: Tensor, quantizer: ActivationQuantizer, token_mask: Tensor | None) -> Quantized:
-    """int8 codes (N, I) of x (..., I), scale and offset (N, 1) or (1, 1)."""
+def _quantize_input(x: Tensor, quantizer: InputQuantizer, token_mask: Tensor | None) -> tuple[Tensor, Quantized]:
+    """(x for the backward pass, int8 codes (N, I) of x (..., I) with scale and offset (N, 1) or (1, 1))."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
-        key = (quantizer, x._version if not x.is_inference() else None, id(token_mask))
-        previous, previous_key, quantized = getattr(_last_input, "value", (None, None, None))
-        if previous is not None and previous() is x and previous_key == key and key[1] is not None:
-            return quantized
+        identity = id(quantizer) if isinstance(quantizer, nn.Module) else quantizer
+        version = x._version if not x.is_inference() else None
+        key = (identity, version, id(token_mask), torch.is_grad_enabled())
+        previous, previous_key, result = getattr(_last_input, "value", (None, None, None))
+        if previous is not None and previous() is x and previous_key == key and version is not None:
+            return result if result[0] is not None else (x, result[1])
     valid = token_mask.unsqueeze(-1) if token_mask is not None and token_mask.shape == x.shape[:-1] else None
-    codes, scale, offset = quantizer(x, valid)
-    quantized = Quantized(
-        codes.to(torch.int8).view(-1, x.shape[-1]),
-        scale.view(-1, 1),
-        None if offset is None else offset.view(-1, 1),
-    )
+    carrier, (codes, scale, offset) = quantizer.quantize(x, valid)
+    shift = 128 if getattr(quantizer, "most", 0) > 127 else 0  # unsigned 8-bit codes
+    with torch.no_grad():
+        if shift:
+            codes, offset = codes - shift, scale * shift + (0 if offset is None else offset)
+        quantized = Quantized(
+            codes.to(torch.int8).view(-1, x.shape[-1]),
+            scale.view(-1, 1),
+            None if offset is None else offset.view(-1, 1),
+        )
     if not compiling:
-        _last_input.value = (weakref.ref(x), key, quantized)
-    return quantized
+        _last_input.value = (weakref.ref(x), key, (None if carrier is x else carrier, quantized))
+    return carrier, quantized
 
 
 class FixedLayerNorm(nn.LayerNorm):
@@ -216,18 +294,18 @@ class _PackedMixin:
 
     def _init_packed(self, rows: int, columns: int, spec: WeightSpec, packing: str, device) -> None:
         self.spec, self.columns, self.packing = spec, columns, spec.packing(packing)
-        shape = (rows, packed_columns(columns, self.packing))
+        shape = spec.shape(rows, packed_columns(columns, self.packing))
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.uint8, device=device))
-        shape = scale_shape(rows, columns, spec.granularity, spec.group_size)
+        shape = spec.shape(*scale_shape(rows, columns, spec.granularity, spec.group_size))
         self.register_buffer("weight_scale", torch.ones(shape, dtype=torch.float32, device=device))
 
     def load_quantized(self, quantized: Quantized) -> None:
-        """Take codes (O, I) and scale as this layer's state."""
+        """Take codes (O, I) or (P, O, I) and scale as this layer's state."""
         self.weight = pack_codes(quantized.codes, self.packing)
         self.weight_scale = quantized.scale.detach().float().clone()
 
     def quantize_weight(self) -> Quantized:
-        """Codes int8 (O, I) and scale, as `quantize_weight` of the latent layer gave them."""
+        """Codes int8 and scale, as `quantize_weight` of the latent layer gave them."""
         return Quantized(unpack_codes(self.weight, self.columns, self.packing), self.weight_scale)
 
     def _apply(self, fn, recurse=True):
@@ -238,7 +316,7 @@ class _PackedMixin:
         return self
 
 
-class PackedLinear(_PackedMixin, nn.Module):
+class PackedLinear(_PackedMixin, _QuantizedInput, nn.Module):
     """Linear layer of packed codes. Not an nn.Linear: there is no float weight to train, merge or cast.
 
     A decoder tied to the word embedding (`source`, as in `QuantLinear`) has no bits of its own.
@@ -250,9 +328,10 @@ class PackedLinear(_PackedMixin, nn.Module):
         out_features: int,
         bias: bool,
         spec: WeightSpec,
-        activation: ActivationQuantizer | None,
+        activation: InputQuantizer | None,
         packing: str,
         tied: bool = False,
+        shares_input: bool = False,
         device=None,
     ):
         super().__init__()
@@ -262,23 +341,23 @@ class PackedLinear(_PackedMixin, nn.Module):
         if tied:
             del self.weight, self.weight_scale
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
-        self.activation, self.token_mask, self._codes = activation, None, None
+        self._init_input(activation, shares_input)
+        self._codes = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight, sums = self._runtime_weight()
-        return _linear(self, x, None, weight, sums)
+        return _linear(self, x, None, weight, self.bias, sums)
 
     def _runtime_weight(self) -> tuple[Quantized, Tensor | None]:
-        """Codes, scale and scaled sums of codes. int8 codes (a quarter of fp32) and sums are kept after the first use
-        where an integer product uses them; otherwise every use unpacks."""
+        """Codes (P * O, I), scale and scaled sums of codes. int8 codes (a quarter of fp32) and sums are kept after the
+        first use where an integer product uses them; otherwise every use unpacks."""
         if self._codes is not None:
-            codes, sums = self._codes
-            return Quantized(codes, (self.source[0] if self.source else self).weight_scale), sums
-        weight = self.quantize_weight()
+            return self._codes
+        weight = flatten_planes(self.quantize_weight())
         if self.activation is None or torch.compiler.is_compiling():
             return weight, None
         if has_fast_int8(weight.codes.device):
-            self._codes = (weight.codes, scaled_code_sums(weight, self.spec.bound, self.spec.group_size))
+            self._codes = (weight, scaled_code_sums(weight, self.spec.bound, self.spec.group_size))
         return weight, None
 
     def quantize_weight(self) -> Quantized:
@@ -324,9 +403,10 @@ class PackedEmbedding(_PackedMixin, nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         check_ids(input_ids, self.num_embeddings)
         rows = input_ids.flatten()
-        scale = self.weight_scale if self.weight_scale.shape[0] == 1 else self.weight_scale[rows]
-        codes = unpack_codes(self.weight[rows], self.columns, self.packing)
+        scale = self.weight_scale if self.weight_scale.shape[-2] == 1 else self.weight_scale[..., rows, :]
+        codes = unpack_codes(self.weight[..., rows, :], self.columns, self.packing)
         value = dequantize_weight(Quantized(codes, scale), self.spec.group_size)
+        value = sum(value) if self.spec.planes > 1 else value
         return value.view(*input_ids.shape, self.embedding_dim).to(self.dtype)
 
     def _apply(self, fn, recurse=True):
@@ -344,7 +424,8 @@ def pack_layer(layer: nn.Module, packing: str) -> PackedLinear | PackedEmbedding
     if not getattr(layer, "source", ()):
         packed.load_quantized(layer.quantize_weight())
     if isinstance(packed, PackedLinear) and layer.bias is not None:
-        packed.bias = nn.Parameter(layer.bias.detach().clone())
+        bias = layer.summed_bias() if isinstance(layer, QuantLinear) else layer.bias
+        packed.bias = nn.Parameter(bias.detach().clone())
     return packed
 
 
@@ -361,6 +442,7 @@ def empty_packed_layer(layer: nn.Module, packing: str) -> PackedLinear | PackedE
             layer.activation,
             packing,
             tied=bool(source),
+            shares_input=layer.shares_input,
             device=device,
         )
     return PackedEmbedding(

@@ -3,7 +3,8 @@
 import copy
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from transformers.models.roberta.modeling_roberta import RobertaClassificationHe
 
 from .attention import quantized_attention  # noqa: F401 (registers the attention functions)
 from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, check_folder, stale_weights
-from .configuration_qbert import low_bit_fields
+from .configuration_qbert import LowBitConfig, low_bit_fields
 from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory
 from .layers import (
     FixedGELU,
@@ -29,16 +30,43 @@ from .layers import (
     PackedLinear,
     QuantEmbedding,
     QuantLinear,
+    WeightSpec,
     pack_layer,
 )
 from .ops import dequantize_weight
 from .packing import PACKINGS
+from .quantizers import ACTIVATION_FLOORS, ActivationQuantizer, LsqQuantizer, PactQuantizer
 
 
 # Modules all of whose linear layers are quantized, and modules that do the pooler's work: a dense layer and its
 # activation between encoder and classifier (the pooler is quantized in TernaryBERT's code; the classifier is not).
 _ENCODER_LAYERS = (BertLayer, RobertaLayer, ElectraLayer)
 _POOLERS = (BertPooler, RobertaPooler, RobertaClassificationHead, ElectraClassificationHead)
+_LAYERS = QuantLinear | QuantEmbedding | PackedLinear | PackedEmbedding
+
+
+@contextmanager
+def _constructible(config: LowBitConfig) -> Iterator[None]:
+    """While Transformers builds a model: its classes refuse heads that do not divide the hidden size."""
+    heads = config.num_attention_heads
+    if config.head_dim is not None:
+        config.num_attention_heads = 1
+    try:
+        yield
+    finally:
+        config.num_attention_heads = heads
+
+
+def _check_modules(config: LowBitConfig, linears: set[str]) -> None:
+    """Modules named in the config exist; those of a head may belong to another head."""
+    for field in ("split_modules", "ternary_modules"):
+        names = set(getattr(config, field) or ()) - linears - {"embeddings.word_embeddings"}
+        unknown = sorted(name for name in names if name.startswith(("encoder.", "embeddings.")))
+        if unknown:
+            raise ValueError(
+                f"config field `{field}` names {unknown[:3]}, which are not quantized here; known are "
+                f"embeddings.word_embeddings, {', '.join(sorted(linears)[:3])}, ..."
+            )
 
 
 def check_inputs(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -75,45 +103,122 @@ class LowBitMixin:
     """
 
     def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+        with _constructible(config):
+            super().__init__(config, *args, **kwargs)
+        self._resize_heads()
         self._insert_quantizers()
 
+    def _resize_heads(self) -> None:
+        """Give every attention the heads of a pruned model, whose width together is not the hidden size."""
+        heads, head_dim, hidden = self.config.num_attention_heads, self.config.head_dim, self.config.hidden_size
+        if head_dim is None:
+            return
+        for owner in [module for module in self.modules() if hasattr(module, "query") and hasattr(module, "scaling")]:
+            owner.num_attention_heads, owner.attention_head_size = heads, head_dim
+            owner.all_head_size, owner.scaling = heads * head_dim, head_dim**-0.5
+            for name in ("query", "key", "value"):
+                setattr(owner, name, self._new_linear(getattr(owner, name), hidden, heads * head_dim))
+        for layer in [module for module in self.modules() if isinstance(module, _ENCODER_LAYERS)]:
+            for output in (module.output for module in layer.children() if hasattr(module, "self")):
+                output.dense = self._new_linear(output.dense, heads * head_dim, hidden)
+
+    def _new_linear(self, old: nn.Linear, columns: int, rows: int) -> nn.Linear:
+        if (old.in_features, old.out_features) == (columns, rows):
+            return old
+        linear = nn.Linear(columns, rows, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+        if linear.weight.device.type != "meta":
+            self._init_weights(linear)
+        return linear
+
     def _insert_quantizers(self) -> None:
-        weight, embedding, activation = (
-            self.config.weight_spec,
-            self.config.embedding_spec,
-            self.config.activation_quantizer_spec,
-        )
-        if weight is not None:
-            for owner in self.modules():
-                if isinstance(owner, ElectraSequenceSummary) and isinstance(owner.summary, nn.Linear):
-                    owner.summary = QuantLinear(owner.summary, weight, activation)
-                elif isinstance(owner, _POOLERS):
-                    owner.dense = QuantLinear(owner.dense, weight, activation)
-            for owner in [module for module in self.modules() if isinstance(module, _ENCODER_LAYERS)]:
-                for name, linear in list(owner.named_modules()):
-                    if type(linear) is nn.Linear:
-                        owner.set_submodule(name, QuantLinear(linear, weight, activation))
-        if embedding is not None:
+        config = self.config
+        prefix = "" if self.base_model is self else self.base_model_prefix + "."
+        linears = self._linears_to_quantize()
+        _check_modules(config, {name.removeprefix(prefix) for name in linears})
+        quantizers = self._insert_learned_quantizers()
+        for name, linear in linears.items():
+            spec = config.weight_spec(name.removeprefix(prefix))
+            if spec is not None:
+                owner = self.get_submodule(name.rpartition(".")[0])
+                shared = getattr(owner, "input_quantizer", None) if hasattr(owner, "query") else None
+                quantizer = shared or quantizers(name, linear.in_features)
+                self.set_submodule(name, QuantLinear(linear, spec, quantizer, shares_input=shared is not None))
+        spec = config.embedding_spec("embeddings.word_embeddings")
+        if spec is not None:
             decoder = self.get_output_embeddings()
-            embeddings = QuantEmbedding(self.get_input_embeddings(), embedding)
+            embeddings = QuantEmbedding(self.get_input_embeddings(), spec)
             self.set_input_embeddings(embeddings)
-            if decoder is not None and self.config.tie_word_embeddings:
+            if decoder is not None and config.tie_word_embeddings:
                 name = next(name for name, module in self.named_modules() if module is decoder)
-                self.set_submodule(name, QuantLinear(decoder, embedding, activation, (embeddings,)))
-        if activation is not None:  # a code must not depend on how a kernel rounds
-            for name, module in list(self.base_model.named_modules()):
-                if type(module) is nn.LayerNorm:
-                    self.base_model.set_submodule(name, FixedLayerNorm(module))
-                elif isinstance(getattr(module, "intermediate_act_fn", None), GELUActivation):
-                    module.intermediate_act_fn = FixedGELU()
+                quantizer = quantizers(name, decoder.in_features)
+                self.set_submodule(name, QuantLinear(decoder, spec, quantizer, (embeddings,)))
+        if config.position_spec is not None:
+            owner = self.base_model.embeddings
+            owner.position_embeddings = QuantEmbedding(owner.position_embeddings, config.position_spec)
+        if config.bit_widths[2] != 32:
+            self._fix_float_steps()
         self.base_model.register_forward_pre_hook(check_inputs, with_kwargs=True)
-        if self.config.activation_granularity == "per_tensor" and activation is not None:
+        if config.bit_widths[2] != 32 and (
+            config.activation_granularity == "per_tensor" or config.activation_quantizer == "lsq"
+        ):
             self.base_model.register_forward_pre_hook(share_token_mask, with_kwargs=True)
         self.update_scales(None)
 
+    def _fix_float_steps(self) -> None:
+        """Swap the float steps between two quantized products: a code must not depend on how a kernel rounds."""
+        for name, module in list(self.base_model.named_modules()):
+            if type(module) is nn.LayerNorm:
+                self.base_model.set_submodule(name, FixedLayerNorm(module))
+            elif isinstance(getattr(module, "intermediate_act_fn", None), GELUActivation):
+                module.intermediate_act_fn = FixedGELU()
+
+    def _linears_to_quantize(self) -> dict[str, nn.Linear]:
+        """Name -> linear layer of the encoder layers and of what does the pooler's work."""
+        linears = {}
+        for name, module in self.named_modules():
+            if isinstance(module, ElectraSequenceSummary) and isinstance(module.summary, nn.Linear):
+                linears[f"{name}.summary"] = module.summary
+            elif isinstance(module, _POOLERS):
+                linears[f"{name}.dense"] = module.dense
+            elif isinstance(module, _ENCODER_LAYERS):
+                children = module.named_modules(prefix=name)
+                linears |= {child: linear for child, linear in children if type(linear) is nn.Linear}
+        return linears
+
+    def _insert_learned_quantizers(self):
+        """Put learned activation quantizers into the attention modules.
+
+        Returns the function (name, columns) -> quantizer of the input of any other linear layer.
+        """
+        config, positions = self.config, self.config.max_position_embeddings
+        heads = config.num_attention_heads
+        kind, bits = config.activation_quantizer, config.bit_widths[2]
+        if bits == 32 or kind not in ("lsq", "pact"):
+            return lambda name, columns: config.activation_quantizer_spec  # noqa: ARG005
+
+        def learned(columns: int, above: float | None = None) -> LsqQuantizer | PactQuantizer:
+            """Symmetric, or `above` a floor."""
+            if kind == "lsq":
+                return LsqQuantizer(bits, above, columns * positions)
+            dynamic = ActivationQuantizer(bits, above is None, config.activation_granularity == "per_tensor")
+            return PactQuantizer(dynamic)
+
+        second = set()  # names of second feed-forward matrices, which read what an activation function gives
+        for name, layer in self.named_modules():
+            if not isinstance(layer, _ENCODER_LAYERS):
+                continue
+            second.add(f"{name}.output.dense")
+            attention = layer.attention.self
+            for part in ("query", "key", "value"):
+                attention.register_module(f"{part}_quantizer", learned(attention.all_head_size))
+            attention.input_quantizer = learned(config.hidden_size)
+            if kind == "lsq":
+                attention.probability_quantizer = learned(heads * positions, above=0.0)
+        floor = ACTIVATION_FLOORS.get(config.hidden_act)
+        return lambda name, columns: learned(columns, floor if name in second else None)
+
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        if self.config.activation_quantizer_spec is None or attn_implementation in ("qbert", "qbert_scores"):
+        if self.config.bit_widths[2] == 32 or attn_implementation in ("qbert", "qbert_scores"):
             return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         if attn_implementation not in (None, "eager", "sdpa"):
             raise ValueError(
@@ -123,11 +228,19 @@ class LowBitMixin:
         return super()._check_and_adjust_attn_implementation("qbert", *args, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
-        # A full-precision checkpoint has no loss-aware scales: they are not missing, `update_scales` computes them.
-        scales = {name for name in loading_info.missing_keys if name.endswith(".weight_scale")}
-        for name in scales:
-            self.get_buffer(name).zero_()
-        loading_info.missing_keys = loading_info.missing_keys - scales
+        # A full-precision checkpoint has no scales, steps and clips: they are not missing, each starts as when new.
+        state = {}
+        for name in loading_info.missing_keys:
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            if leaf == "weight_scale" or isinstance(module, LsqQuantizer | PactQuantizer):
+                state[name] = module
+        for name, module in state.items():
+            if isinstance(module, LsqQuantizer | PactQuantizer):
+                module.reset()
+            else:
+                self.get_buffer(name).zero_()
+        loading_info.missing_keys = loading_info.missing_keys - set(state)
         super()._adjust_missing_and_unexpected_keys(loading_info)
 
     @classmethod
@@ -182,6 +295,39 @@ class LowBitMixin:
                 continue
             module.update_scale(None if second_moments is None else second_moments.get(f"{name}.weight"))
 
+    @property
+    def split_weights(self) -> dict[str, str]:
+        """Granularity of every latent weight of two planes, by the parameter's name."""
+        kinds = QuantLinear | QuantEmbedding
+        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, kinds)}
+        return {
+            f"{name}.weight": layer.spec.granularity
+            for name, layer in layers.items()
+            if layer.spec.planes == 2 and not getattr(layer, "source", ())
+        }
+
+    def weight_spec_of(self, parameter: str) -> WeightSpec | None:
+        """How a weight is quantized, by the parameter's name; None in full precision."""
+        return getattr(self.get_submodule(parameter.removesuffix(".weight")), "spec", None)
+
+    @torch.no_grad()
+    def calibrate(self, *args, **kwargs) -> None:
+        """Give every learned step size that has none its first value, from one batch (the arguments of `forward`).
+
+        `DistillationTrainer` does so with the first rows of its training data. Models without step sizes ignore it.
+        """
+        steps = [module for module in self.modules() if isinstance(module, LsqQuantizer)]
+        training = self.training
+        try:
+            for module in steps:
+                module.calibrating = True
+            if steps:
+                self.eval()(*args, **kwargs)
+        finally:
+            for module in steps:
+                module.calibrating = False
+            self.train(training)
+
     @torch.no_grad()
     def pack(self, packing: str = "2bit") -> PreTrainedModel:
         """A packed copy of this model: same codes, same scales, same logits.
@@ -193,11 +339,14 @@ class LowBitMixin:
         """
         if packing not in PACKINGS:
             raise ValueError(f"packing must be one of {PACKINGS}, found {packing!r}")
-        if self.config.weight_spec is None and self.config.embedding_spec is None:
+        if not any(isinstance(module, _LAYERS) for module in self.modules()):
             raise ValueError(f"config field `bits` is {self.config.bits!r}: there is nothing to pack")
+        for name, module in self.named_modules():
+            if isinstance(module, LsqQuantizer) and not bool(module.step > 0):
+                raise ValueError(f"{name}.step has no value yet: call model.calibrate(**batch) before packing")
         model = copy.deepcopy(self).eval()
         for name, module in list(model.named_modules()):
-            if isinstance(module, QuantLinear | QuantEmbedding | PackedLinear | PackedEmbedding):
+            if isinstance(module, _LAYERS):
                 model.set_submodule(name, pack_layer(module, packing))
         link_decoder(model)
         model.tie_weights()
@@ -210,16 +359,32 @@ class LowBitMixin:
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """A plain Transformers model whose weights are scale * codes; its activations are full precision."""
-        original = next(base for base in type(self).__mro__ if base.__module__.startswith("transformers."))
-        fields = self.config.to_dict()
+        """A plain Transformers model whose weights are scale * codes; its activations are full precision.
+
+        A pruned network, which no plain class can hold, stays in its own class with `bits` 32-32-32.
+        """
+        config = self.config
+        fields = config.to_dict()
         for name in (*low_bit_fields(), "quantization_config", "model_type", "architectures", "dtype"):
             fields.pop(name, None)
-        model = original(original.config_class(**fields))
-        state = {name: tensor for name, tensor in self.state_dict().items() if not name.endswith("weight_scale")}
+        if config.head_dim is None:
+            target = next(base for base in type(self).__mro__ if base.__module__.startswith("transformers."))
+        else:
+            target = type(self)
+            fields |= {"bits": "32-32-32", "head_dim": config.head_dim}
+        model = target(target.config_class(**fields))
+        own = tuple(name for name, module in self.named_modules() if isinstance(module, LsqQuantizer | PactQuantizer))
+        state = {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not name.endswith("weight_scale") and not name.startswith(own)
+        }
         for name, module in self.named_modules():
-            if isinstance(module, QuantLinear | QuantEmbedding | PackedLinear | PackedEmbedding):
-                state[f"{name}.weight"] = dequantize_weight(module.quantize_weight(), module.spec.group_size)
+            if isinstance(module, _LAYERS):
+                value = dequantize_weight(module.quantize_weight(), module.spec.group_size)
+                state[f"{name}.weight"] = value.sum(0) if value.dim() == 3 else value
+            if isinstance(module, QuantLinear) and module.bias is not None:
+                state[f"{name}.bias"] = module.summed_bias()
         model.load_state_dict(state)
         return model.to(device=self.device, dtype=dtype).eval()
 

@@ -1,12 +1,6 @@
 """TernaryBERT (Zhang et al., EMNLP 2020) on BERT, RoBERTa and ELECTRA: 2-bit weights, 8-bit activations."""
 
 from transformers import (
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForQuestionAnswering,
@@ -28,7 +22,7 @@ from transformers import (
 )
 
 from .configuration_qbert import TernaryBertConfig, TernaryElectraConfig, TernaryRobertaConfig
-from .integration import register
+from .integration import register_family
 from .modeling_lowbit import LowBitMixin
 
 
@@ -104,44 +98,6 @@ class TernaryElectraForQuestionAnswering(LowBitMixin, ElectraForQuestionAnswerin
     config_class = TernaryElectraConfig
 
 
-_AUTO_CLASSES = {
-    "base": AutoModel,
-    "masked-lm": AutoModelForMaskedLM,
-    "sequence-classification": AutoModelForSequenceClassification,
-    "token-classification": AutoModelForTokenClassification,
-    "multiple-choice": AutoModelForMultipleChoice,
-    "question-answering": AutoModelForQuestionAnswering,
-}
-_CLASSES = {
-    "bert": (
-        TernaryBertModel,
-        TernaryBertForMaskedLM,
-        TernaryBertForSequenceClassification,
-        TernaryBertForTokenClassification,
-        TernaryBertForMultipleChoice,
-        TernaryBertForQuestionAnswering,
-    ),
-    "roberta": (
-        TernaryRobertaModel,
-        TernaryRobertaForMaskedLM,
-        TernaryRobertaForSequenceClassification,
-        TernaryRobertaForTokenClassification,
-        TernaryRobertaForMultipleChoice,
-        TernaryRobertaForQuestionAnswering,
-    ),
-    "electra": (
-        TernaryElectraModel,
-        TernaryElectraForMaskedLM,
-        TernaryElectraForSequenceClassification,
-        TernaryElectraForTokenClassification,
-        TernaryElectraForMultipleChoice,
-        TernaryElectraForQuestionAnswering,
-    ),
-}
-# backbone -> head -> class
-HEADS = {backbone: dict(zip(_AUTO_CLASSES, classes, strict=True)) for backbone, classes in _CLASSES.items()}
-
-for _heads in HEADS.values():
-    register(_heads["base"].config_class, {_AUTO_CLASSES[head]: model for head, model in _heads.items()})
+HEADS = register_family("Ternary", globals())
 
 __all__ = [model.__name__ for heads in HEADS.values() for model in heads.values()]

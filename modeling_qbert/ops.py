@@ -5,7 +5,7 @@ whole numbers; one fixed float formula then applies the scales. The float steps 
 `gelu`, softmax in `quantizers`) are sequences of single roundings as well, so that the native engine, another CPU or
 another batch cannot move a code.
 
-Shapes: N tokens (any leading dims flattened), O out rows, I in columns, G groups.
+Shapes: N tokens (any leading dims flattened), O out rows, I in columns, G groups, P planes.
 """
 
 import torch
@@ -44,23 +44,41 @@ def matmul_codes(x: Tensor, weight: Tensor, bound: int) -> Tensor:
     return (x.to(dtype) @ weight.to(dtype).t()).float()
 
 
-def linear_codes(
-    x: Quantized, weight: Quantized, bias: Tensor | None, bound: int, group_size: int, sums: Tensor | None = None
-) -> Tensor:
-    """Linear layer of an activation (N, I) and a weight (O, I), both int8 codes -> float32 (N, O).
+def flatten_planes(weight: Quantized) -> Quantized:
+    """A weight of codes (P, O, I) as one of P * O rows, whose planes share one product; one of (O, I) as it is."""
+    if weight.codes.dim() == 2:
+        return weight
+    planes, rows, _ = weight.codes.shape
+    scale = weight.scale.expand(planes, rows, weight.scale.shape[2])
+    return Quantized(weight.codes.flatten(0, 1), scale.flatten(0, 1))
 
-    y = bias + the sum over scale groups of x offset * `scaled_code_sums` + code products * x scale * weight scale.
-    `sums` are the weight's `scaled_code_sums`, if they are known already.
+
+def linear_codes(
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor | None,
+    bound: int,
+    group_size: int,
+    sums: Tensor | None = None,
+    planes: int = 1,
+) -> Tensor:
+    """Linear layer of an activation (N, I) and a weight (P * O, I), both int8 codes -> float32 (N, O).
+
+    y = bias + the sum over scale groups, and within a group over planes, of x offset * `scaled_code_sums` + code products
+    * x scale * weight scale. `sums` are the weight's `scaled_code_sums`, if they are known already.
     """
     if x.offset is not None and sums is None:
         sums = scaled_code_sums(weight, bound, group_size)
     y = None if bias is None else bias.float()
-    if weight.scale.shape[1] == 1:
-        return _add_products(y, matmul_codes(x.codes, weight.codes, bound), x, weight.scale.view(1, -1), sums)
+    groups = weight.scale.shape[1]
     for group, scale in enumerate(weight.scale.unbind(1)):
         columns = slice(group * group_size, (group + 1) * group_size)
-        products = matmul_codes(x.codes[:, columns].contiguous(), weight.codes[:, columns].contiguous(), bound)
-        y = _add_products(y, products, x, scale.view(1, -1), None if sums is None else sums[group : group + 1])
+        codes = [x.codes, weight.codes] if groups == 1 else [c[:, columns].contiguous() for c in (x.codes, weight.codes)]
+        products = matmul_codes(*codes, bound).chunk(planes, 1)
+        parts = (None,) * planes if sums is None else sums[group : group + 1].chunk(planes, 1)
+        scales = (scale.view(1, -1),) * planes if scale.numel() == 1 else scale.view(1, -1).chunk(planes, 1)
+        for product, plane, part in zip(products, scales, parts):
+            y = _add_products(y, product, x, plane, part)
     return y
 
 
@@ -84,7 +102,10 @@ def scaled_code_sums(weight: Quantized, bound: int, group_size: int) -> Tensor:
 
 
 def dequantize_weight(weight: Quantized, group_size: int) -> Tensor:
-    """scale * codes of a weight (O, I), float32."""
+    """scale * codes of a weight (O, I) or (P, O, I), float32; planes stay apart."""
+    if weight.codes.dim() == 3:
+        planes = [dequantize_weight(Quantized(*plane), group_size) for plane in zip(weight.codes, weight.scale)]
+        return torch.stack(planes)
     return weight.codes.to(weight.scale.dtype) * expand_scale(weight.scale, weight.codes.shape[1], group_size)
 
 
@@ -92,14 +113,14 @@ class _LinearCodes(torch.autograd.Function):
     """`linear_codes` with straight-through gradients to the latent activation and weight."""
 
     @staticmethod
-    def forward(ctx, x, latent_weight, bias, x_codes, x_scale, x_offset, codes, scale, bound, group_size):  # noqa: ARG004
+    def forward(ctx, x, latent_weight, bias, x_codes, x_scale, x_offset, codes, scale, bound, group_size, planes):  # noqa: ARG004
         activation, weight = Quantized(x_codes, x_scale, x_offset), Quantized(codes, scale)
         ctx.save_for_backward(x_codes, x_scale, x_offset, codes, scale)
-        ctx.group_size, ctx.x_dtype = group_size, x.dtype
+        ctx.group_size, ctx.x_dtype, ctx.planes = group_size, x.dtype, planes
         device = x_codes.device.type
         ctx.backward_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         with torch.autocast(device, enabled=False):
-            return linear_codes(activation, weight, bias, bound, group_size)
+            return linear_codes(activation, weight, bias, bound, group_size, planes=planes)
 
     @staticmethod
     def backward(ctx, grad):
@@ -109,18 +130,22 @@ class _LinearCodes(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                if scale.shape[1] == 1:  # fold the scale into the smaller factor; codes are exact in any float type
+                # One scale a row is folded into the smaller factor: codes are exact in any float type.
+                if scale.shape[1] == 1 and ctx.planes == 1:
                     grad_x = ((grad * scale.view(1, -1)).to(dtype) @ codes.to(dtype)).to(ctx.x_dtype)
                 else:
                     weight = dequantize_weight(Quantized(codes, scale), ctx.group_size)
+                    weight = weight.view(ctx.planes, -1, weight.shape[1]).sum(0)
                     grad_x = (grad.to(dtype) @ weight.to(dtype)).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
                 grad_weight = ((grad * x_scale).to(dtype).t() @ x_codes.to(dtype)).float()
                 if x_offset is not None:
                     grad_weight += (grad * x_offset).sum(0).view(-1, 1)
+                if ctx.planes > 1:  # the same for every plane
+                    grad_weight = grad_weight.expand(ctx.planes, -1, -1)
             if ctx.needs_input_grad[2]:
                 grad_bias = grad.sum(0)
-        return grad_x, grad_weight, grad_bias, *(None,) * 7
+        return grad_x, grad_weight, grad_bias, *(None,) * 8
 
 
 def quantized_linear(
@@ -132,14 +157,16 @@ def quantized_linear(
     bound: int,
     group_size: int,
     sums: Tensor | None = None,
+    planes: int = 1,
 ) -> Tensor:
-    """`linear_codes` of x (N, I) and a weight (O, I), differentiable in x, latent weight (None when packed) and bias.
+    """`linear_codes` of x (N, I) and a weight (P * O, I), differentiable in x, bias and the latent weight, which is
+    (O, I), (P, O, I) or, when packed, None.
 
     Under autocast the forward stays exact; the two products of the backward run in the autocast type.
     """
     if not torch.is_grad_enabled():
-        return linear_codes(activation, weight, bias, bound, group_size, sums)
-    return _LinearCodes.apply(x, latent_weight, bias, *activation, *weight[:2], bound, group_size)
+        return linear_codes(activation, weight, bias, bound, group_size, sums, planes)
+    return _LinearCodes.apply(x, latent_weight, bias, *activation, *weight[:2], bound, group_size, planes)
 
 
 def _product(a: Quantized, b: Quantized) -> Tensor:

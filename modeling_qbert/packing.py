@@ -1,6 +1,11 @@
 """Codes <-> bits: the layouts of a packed checkpoint.
 
-A weight of O rows and I columns becomes a uint8 tensor of O rows; every row starts at a byte, low bits first.
+A weight of O rows and I columns becomes a uint8 tensor of O rows; every row starts at a byte, low bits first. Planes
+(P, O, I) are packed one behind the other.
+
+`1bit`, eight binary codes a byte, column 0 in the lowest bit:
+
+    byte   76543210           -1 -> 0     +1 -> 1
 
 `2bit`, four ternary codes a byte, columns 0, 1, 2, 3 from the low end, code c stored as c + 1:
 
@@ -24,8 +29,8 @@ from torch import Tensor
 
 FORMAT_VERSION = 1
 PACKINGS = ("2bit", "dense")  # the layouts a user may choose for ternary codes
-_DIGITS = {"2bit": 4, "dense": 5, "int8": 1}  # codes a byte
-_BASE = {"2bit": 4, "dense": 3, "int8": 256}
+_DIGITS = {"1bit": 8, "2bit": 4, "dense": 5, "int8": 1}  # codes a byte
+_BASE = {"1bit": 2, "2bit": 4, "dense": 3, "int8": 256}
 
 
 def packed_columns(columns: int, packing: str) -> int:
@@ -34,23 +39,25 @@ def packed_columns(columns: int, packing: str) -> int:
 
 
 def pack_codes(codes: Tensor, packing: str) -> Tensor:
-    """int8 codes (O, I) -> uint8 (O, packed_columns(I))."""
+    """int8 codes (..., O, I) -> uint8 (..., O, packed_columns(I))."""
+    if codes.dim() == 3:
+        return torch.stack([pack_codes(plane, packing) for plane in codes])
     if packing == "int8":
         return torch.nn.functional.pad(codes, (0, 1)).view(torch.uint8)
     digits, base = _DIGITS[packing], _BASE[packing]
     rows, columns = codes.shape
     padded = torch.zeros(rows, packed_columns(columns, packing) * digits, dtype=torch.int32, device=codes.device)
-    padded[:, :columns] = codes.int() + 1
+    padded[:, :columns] = (codes.int() + 1) // (2 if packing == "1bit" else 1)
     weights = torch.tensor([base**k for k in range(digits)], dtype=torch.int32, device=codes.device)
     return (padded.view(rows, padded.shape[1] // digits, digits) * weights).sum(-1).to(torch.uint8)
 
 
 def unpack_codes(packed: Tensor, columns: int, packing: str) -> Tensor:
-    """uint8 (O, bytes) -> int8 codes (O, columns)."""
+    """uint8 (..., O, bytes) -> int8 codes (..., O, columns)."""
     if packing == "int8":
-        return packed[:, :columns].contiguous().view(torch.int8)
+        return packed[..., :columns].contiguous().view(torch.int8)
     table = _code_table(packing, packed.device)
-    return table[packed.int()].flatten(1)[:, :columns].contiguous()
+    return table[packed.int()].flatten(-2)[..., :columns].contiguous()
 
 
 @lru_cache
@@ -58,12 +65,19 @@ def _code_table(packing: str, device: torch.device) -> Tensor:
     """int8 (256, digits): the codes of every byte; a look-up beats arithmetic on bytes and exports as one operator."""
     byte, base = torch.arange(256, device=device).unsqueeze(1), _BASE[packing]
     places = torch.tensor([base**k for k in range(_DIGITS[packing])], device=device)
-    return (byte // places % base - 1).to(torch.int8)
+    digits = byte // places % base
+    return (digits * 2 - 1 if packing == "1bit" else digits - 1).to(torch.int8)
 
 
 def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, int, int] | None:
-    """(row, column, count) of the first stored value outside the alphabet, non-zero pads included; None when clean."""
-    if packing == "int8":
+    """(row, column, count) of the first stored value outside the alphabet, non-zero pads included; None when clean.
+
+    Rows of planes are counted through.
+    """
+    packed = packed.flatten(0, -2)
+    if packing == "1bit":
+        bad = torch.zeros_like(packed, dtype=torch.bool)
+    elif packing == "int8":
         bad = packed == 128
     elif packing == "dense":
         bad = packed >= 243
@@ -83,6 +97,8 @@ def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, 
 
 def _first_invalid_digit(value: int, used: int, packing: str) -> int:
     """Place to blame in an invalid byte: a code 11, else the first pad; a byte past base 3 is wrong as a whole."""
+    if packing == "1bit":
+        return next(k for k in range(used, 8) if value >> k & 1)
     if packing == "2bit":
         return next(k for k in range(4) if value >> 2 * k & 3 == 3 or (k >= used and value >> 2 * k & 3))
     return used if used < _DIGITS[packing] and value < 243 else 0

@@ -6,16 +6,21 @@ Shapes: B batch, T tokens, H heads, D head dim, O out rows, I in columns, G grou
 Training, packing and tests call these functions; nothing else in the project computes a scale or a code.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 TWN_THRESHOLD = 0.7  # times mean|w|: Li & Liu, Ternary Weight Networks (2016), eq. 6; TernaryBERT section 3.1
 LAT_ITERATIONS = 10  # alternating steps from a cold start, as the loss-aware quantizer released with BinaryBERT
 TINY = 1e-30  # floor of a scale; keeps 127 / range finite and a scale of an all-zero group positive
+MIN_STEP = 1e-5  # floor of a learned step size: an update may not carry it past 0 (BiT's code)
+PACT_CLIP = 2.5  # first clips of BinaryBERT's A8 (its code)
+# Below these the activation functions never go: GELU's minimum is -0.16997, SiLU's -0.27846.
+ACTIVATION_FLOORS = {"relu": 0.0, "gelu": -0.17, "gelu_new": -0.17, "gelu_pytorch_tanh": -0.17, "silu": -0.28}
 
 GRANULARITIES = ("per_tensor", "per_row", "per_group")
 
@@ -105,7 +110,7 @@ def ternary_codes(weight: Tensor, threshold: Tensor, group_size: int) -> Tensor:
     return (weight > threshold).view(torch.int8) - (weight < -threshold).view(torch.int8)
 
 
-def quantize_twn(weight: Tensor, granularity: str, group_size: int) -> Quantized:
+def quantize_twn(weight: Tensor, granularity: str, group_size: int = 64) -> Quantized:
     """Ternary, approximation based: threshold 0.7 mean|w|, scale the mean |w| above it (TWN; TernaryBERT eq. 4-5)."""
     magnitude = weight.abs()
     mean = _group_sum(magnitude, granularity, group_size) / _group_count(weight, granularity, group_size)
@@ -150,6 +155,13 @@ def lat_scale(
     return scale
 
 
+def quantize_bwn(weight: Tensor, granularity: str, group_size: int = 64) -> Quantized:
+    """Binary: sign(w), +1 for zero, times mean |w| (Rastegari et al., XNOR-Net (2016), eq. 6; BinaryBERT eq. 5)."""
+    total = _group_sum(weight.abs(), granularity, group_size)
+    codes = (weight >= 0).view(torch.int8).mul(2).sub_(1)
+    return Quantized(codes, (total / _group_count(weight, granularity, group_size)).clamp_min(TINY))
+
+
 def quantize_symmetric(weight: Tensor, granularity: str, group_size: int, bits: int = 8) -> Quantized:
     """Symmetric k-bit codes in ±(2^(k-1) - 1), scale max|w| / (2^(k-1) - 1) (TernaryBERT's 8-bit weights)."""
     levels = 2 ** (bits - 1) - 1
@@ -160,6 +172,7 @@ def quantize_symmetric(weight: Tensor, granularity: str, group_size: int, bits: 
 
 # name -> (bits, quantizer). "lat" keeps its scale as state: codes follow from the latent weight and that scale alone.
 WEIGHT_QUANTIZERS: dict[str, tuple[int, Callable[..., Quantized]]] = {
+    "bwn": (1, quantize_bwn),
     "twn": (2, quantize_twn),
     "lat": (2, codes_from_lat_scale),
     "int8": (8, quantize_symmetric),
@@ -210,6 +223,140 @@ class ActivationQuantizer(NamedTuple):
         codes = codes.round_()
         return Quantized(codes if valid is None else codes.clamp_(least, most), scale, offset)
 
+    def quantize(
+        self, x: Tensor, valid: Tensor | None = None, dims: tuple[int, ...] = (-1,)
+    ) -> tuple[Tensor, Quantized]:
+        """(x, quantized x): gradients of the product that uses the codes pass straight through to x."""
+        with torch.no_grad():
+            return x, self(x, valid, dims)
+
+
+class LsqQuantizer(nn.Module):
+    """Quantizer with one learned step size (Esser et al., Learned Step Size Quantization (2020); BinaryBERT's A4).
+
+    Codes are round((x - low) / step), clamped to k unsigned bits; without `low`, round(x / step) clamped to k signed
+    bits. `step` is 0 until `calibrate` has seen a batch, then positive, and saved as it is used.
+
+    Args:
+        bits: 2 to 8.
+        low: least value of x, where there is one: 0 after ReLU and softmax. A constant instead of the batch's minimum,
+            which the papers take: a prediction must not depend on its batch.
+        features: numbers that one longest input sentence has here; scales the gradient of the step size (LSQ eq. 5).
+    """
+
+    def __init__(self, bits: int, low: float | None, features: int):
+        super().__init__()
+        self.low = low
+        self.least, self.most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if low is None else (0, 2**bits - 1)
+        self.gradient_scale = 1 / math.sqrt(features * self.most)
+        self.step = nn.Parameter(torch.zeros(()))
+        self.calibrating, self._ready = False, False
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, valid: Tensor | None) -> None:
+        """First step size: 2 mean|x| / sqrt(largest code) (LSQ section 2.1), twice that above `low` (BinaryBERT)."""
+        magnitude = (x if self.low is None else x - self.low).abs()
+        mean = magnitude.mean() if valid is None else (magnitude * valid).sum() / valid.expand_as(x).sum().clamp_min(1)
+        factor = 2 if self.low is None else 4
+        self.step.copy_((factor * mean / math.sqrt(self.most)).clamp_min(MIN_STEP))
+
+    def quantize(
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        dims: tuple[int, ...] = (-1,),  # noqa: ARG002 (one step size, whatever the dims)
+    ) -> tuple[Tensor, Quantized]:
+        """(x for the backward pass, quantized x); codes come as float whole numbers, from 0 where there is `low`."""
+        x = x.float()
+        if not self._ready and not torch.compiler.is_compiling():
+            self._prepare(x, valid)
+        step = self.step.detach().clamp_min(MIN_STEP)
+        with torch.no_grad():
+            shifted = x if self.low is None else x - self.low
+            codes = (shifted / step).round_().clamp_(self.least, self.most)
+        shape = (1,) * x.dim()
+        offset = None if not self.low else torch.full(shape, self.low, device=x.device)
+        carrier = _LearnedStep.apply(x, self.step, self) if torch.is_grad_enabled() else x
+        return carrier, Quantized(codes, step.view(shape), offset)
+
+    def _prepare(self, x: Tensor, valid: Tensor | None) -> None:
+        if self.calibrating and not bool(self.step > 0):
+            self.calibrate(x, valid)
+        if not bool(self.step != 0):
+            raise ValueError("activation step sizes have no value yet: call model.calibrate(**batch) before training")
+        self._ready = True
+
+    def reset(self) -> None:
+        """Forget the step size."""
+        self.step.data.zero_()
+        self._ready = False
+
+    def _apply(self, fn, recurse=True):
+        self._ready = False
+        return _apply_keeping_float32(self, "step", fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"codes {self.least}..{self.most}, low={self.low}"
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Identity whose backward is that of LSQ (eq. 3 and 5): x gets the gradient inside the range, step its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, quantizer: LsqQuantizer) -> Tensor:
+        ctx.save_for_backward(x, step)
+        ctx.quantizer = quantizer
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, step = ctx.saved_tensors
+        quantizer = ctx.quantizer
+        level = (x if quantizer.low is None else x - quantizer.low) / step.clamp_min(MIN_STEP)
+        inside = (level >= quantizer.least) & (level <= quantizer.most)
+        slope = level.round().clamp_(quantizer.least, quantizer.most) - level * inside
+        return grad * inside, (grad.float() * slope).sum() * quantizer.gradient_scale, None
+
+
+class PactQuantizer(nn.Module):
+    """Dynamic min-max range between two learned clips (Choi et al., PACT (2018); BinaryBERT's A8).
+
+    `clip` holds (low, high). A value beyond a clip gives its gradient to that clip.
+    """
+
+    def __init__(self, dynamic: ActivationQuantizer):
+        super().__init__()
+        self.dynamic = dynamic
+        self.clip = nn.Parameter(torch.tensor([-PACT_CLIP, PACT_CLIP]))
+
+    def quantize(
+        self, x: Tensor, valid: Tensor | None = None, dims: tuple[int, ...] = (-1,)
+    ) -> tuple[Tensor, Quantized]:
+        """(clipped x, quantized clipped x)."""
+        low, high = self.clip.unbind()
+        clipped = torch.minimum(torch.maximum(x.float(), low), high)
+        return self.dynamic.quantize(clipped, valid, dims)
+
+    def reset(self) -> None:
+        """Back to the first clips."""
+        self.clip.data.copy_(torch.tensor([-PACT_CLIP, PACT_CLIP]))
+
+    def _apply(self, fn, recurse=True):
+        return _apply_keeping_float32(self, "clip", fn, recurse)
+
+    def extra_repr(self) -> str:
+        return str(self.dynamic)
+
+
+def _apply_keeping_float32(module: nn.Module, name: str, fn, recurse: bool) -> nn.Module:
+    """`nn.Module._apply` that moves a quantizer but never rounds its state: a cast to bf16 would change codes."""
+    before = getattr(module, name).data
+    nn.Module._apply(module, fn, recurse)
+    after = getattr(module, name)
+    if after.dtype != torch.float32:
+        after.data = before.to(after.device)
+    return module
+
 
 def _masked_range(
     x: Tensor, valid: Tensor | None, dims: tuple[int, ...], symmetric: bool
@@ -243,6 +390,18 @@ def softmax_codes(scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | N
         largest = rows.amax().view(1, 1, 1, 1).clamp_min(TINY)
         return probabilities, torch.round(probabilities * (levels / largest)).clamp_max(levels), largest / levels
     return probabilities, (e * levels).round_(), 1 / (levels * total)
+
+
+def learned_softmax_codes(
+    scores: Tensor, quantizer: LsqQuantizer, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over the last dim whose result also comes as unsigned codes of a learned step: as `softmax_codes`."""
+    if torch.is_grad_enabled():
+        probabilities = SoftmaxCodes.apply(scores, 8, False, None)[0]
+    else:
+        probabilities = softmax_codes(scores, 8, False, None)[0]
+    probabilities, quantized = quantizer.quantize(probabilities, valid)
+    return probabilities, quantized.codes, quantized.scale
 
 
 class SoftmaxCodes(torch.autograd.Function):

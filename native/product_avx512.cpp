@@ -150,8 +150,8 @@ QB_TARGET void linear_avx512(const Weight& w, const Codes& x, long rows, long fi
     Target t{};
     t.y = y, t.stride = stride, t.scale = x.scale, t.offset = x.offset, t.zero = w.zero;
     t.row_sums = x.sums, t.groups = w.groups;
-    for (long plane = 0; plane < w.planes; ++plane)
-        for (long group = 0; group < w.groups; ++group) term(w, plane, group, x.codes, rows, first, last, t);
+    for (long group = 0; group < w.groups; ++group)
+        for (long plane = 0; plane < w.planes; ++plane) term(w, plane, group, x.codes, rows, first, last, t);
 }
 
 template <bool SIGNED_WEIGHT, int MR, int NV>

@@ -66,8 +66,8 @@ QB_TARGET void sums_blocks(const Weight& w, long plane, long group, const int8_t
 }
 
 QB_TARGET void linear_blocks(const Weight& w, const Codes& x, long rows, long first, long last, float* y, long stride) {
-    for (long plane = 0; plane < w.planes; ++plane)
-        for (long group = 0; group < w.groups; ++group)
+    for (long group = 0; group < w.groups; ++group)
+        for (long plane = 0; plane < w.planes; ++plane)
             term_of(w, plane, group, x, rows, first, last, nullptr, y, stride);
 }
 

@@ -26,6 +26,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", default="validation")
     evaluate.add_argument("--max-length", type=int, default=128)
 
+    prune = commands.add_parser("prune", help="keep the most important heads and neurons of a fine-tuned checkpoint")
+    prune.add_argument("checkpoint", help="sequence classifier in full precision")
+    prune.add_argument("--task", required=True, help="GLUE task or rotten_tomatoes")
+    prune.add_argument("--data", help="Hub data set or local folder (default: the task's on the Hub)")
+    prune.add_argument("--split", default="train", help="rows that importance is measured on (default: train)")
+    prune.add_argument("--samples", type=int, default=4096, help="at most so many of them (default: 4096)")
+    prune.add_argument("--max-length", type=int, default=128)
+    prune.add_argument("--width", type=float, required=True, help="share of the heads that stays, such as 0.5")
+    prune.add_argument("--output", required=True, help="folder of the pruned checkpoint")
+
     pack = commands.add_parser("pack", help="write a latent or packed checkpoint as a packed one")
     pack.add_argument("checkpoint")
     pack.add_argument("output")
@@ -121,6 +131,34 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
     for metric, value in evaluate_checkpoint(arguments.checkpoint, spec).items():
         print(f"{metric:<24}{100 * value:.2f}")
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from .data import get_task, load_data, tokenize
+    from .initialization import resolve_model
+    from .pruning import head_and_neuron_importance, labelled_batches, load_full_precision, rewire, subnetwork
+    from .recipe import DataSpec
+    from .run import evaluate_checkpoint
+
+    path = arguments.data or get_task(arguments.task).dataset
+    spec = DataSpec(task=arguments.task, path=path, max_length=arguments.max_length)
+    checkpoint = resolve_model(arguments.checkpoint)
+    model, tokenizer = load_full_precision(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    rows = load_data(spec, [arguments.split])[arguments.split].shuffle(seed=0)  # files may be sorted by class
+    rows = tokenize(rows.select(range(min(arguments.samples, len(rows)))), tokenizer, spec, model.config)
+    importance = head_and_neuron_importance(model, labelled_batches(rows, tokenizer))
+    model.load_state_dict(rewire(model.state_dict(), model.config, importance))
+    pruned = subnetwork(model, arguments.width)
+    pruned.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    for name, field in (("heads", "num_attention_heads"), ("neurons", "intermediate_size")):
+        print(f"{name + ' a layer':<24}{getattr(model.config, field)} -> {getattr(pruned.config, field)}")
+    print(f"{'parameters':<24}{model.num_parameters():,} -> {pruned.num_parameters():,}")
+    before, after = (evaluate_checkpoint(folder, spec) for folder in (checkpoint, arguments.output))
+    for metric, value in after.items():
+        print(f"{metric:<24}{100 * before[metric]:.2f} -> {100 * value:.2f}")
 
 
 def _pack(arguments: argparse.Namespace) -> None:

@@ -1,16 +1,20 @@
 """Where models come from: a teacher's checkpoint by name, and the student that a stage starts with."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from modeling_qbert import get_model_class
 
+from .pruning import cut, head_and_neuron_importance, rewire
 from .recipe import Recipe, Stage
+from .splitting import split_state_dict
 
 
 # Weights that a Python package carries: Hub id -> (package, folder in it, SHA-256 of model.safetensors, what a card
@@ -54,15 +58,64 @@ def load_teacher(name: str, labels: dict | None = None) -> PreTrainedModel:
 
 
 def student_config(recipe: Recipe, stage: Stage, teacher: str, labels: dict):
-    """Config of a stage's student; a wrong combination of fields fails here, before anything is trained."""
+    """Class and config of a stage's student made from the checkpoint `teacher`; a wrong combination of fields fails
+    here, before anything is trained."""
     backbone = AutoConfig.from_pretrained(resolve_model(teacher)).model_type.removeprefix(f"{recipe.family}_")
     model_class = get_model_class(recipe.family, backbone, "sequence-classification")
     return model_class, model_class.config_class.from_pretrained(
-        resolve_model(teacher), **vars(stage.quantization), **labels
+        resolve_model(teacher), **stage.quantization.fields(), **labels
     )
 
 
-def initial_student(recipe: Recipe, stage: Stage, start: str, labels: dict) -> PreTrainedModel:
-    """Latent student of a stage from the checkpoint folder `start` (the teacher's or the previous stage's)."""
+def initial_student(
+    recipe: Recipe, stage: Stage, start: str, labels: dict, batches: Iterable[Mapping[str, Tensor]] = ()
+) -> PreTrainedModel:
+    """Latent student of a stage from the checkpoint folder `start` (the teacher's or the previous stage's).
+
+    Args:
+        batches: labelled batches that rank heads and neurons, for init "pruned".
+    """
     model_class, config = student_config(recipe, stage, start, labels)
-    return model_class.from_pretrained(start, config=config, dtype=torch.float32)
+    if stage.init in ("teacher", "previous"):
+        return model_class.from_pretrained(start, config=config, dtype=torch.float32)
+    if stage.init == "split":
+        return _split_student(model_class, config, start)
+    return _pruned_student(model_class, config, stage, start, batches)
+
+
+def _split_student(model_class: type, config: PreTrainedConfig, start: str) -> PreTrainedModel:
+    ternary = model_class.from_pretrained(start, dtype=torch.float32)
+    model = model_class(config)
+    planes = model.split_weights
+    if not planes:
+        raise ValueError(f"init 'split': expected quantization.planes 2 with 1-bit weights, found {config.bits!r}")
+    for name, granularity in planes.items():
+        found = ternary.weight_spec_of(name)
+        if found is None or (found.quantizer, found.granularity) != ("twn", granularity):
+            raise ValueError(
+                f"{start}: init 'split' needs {name!r} ternary by TWN with granularity {granularity!r}, found {found}"
+            )
+    state = ternary.state_dict()
+    biases = {name.removesuffix("weight") + "bias" for name in planes} & set(state)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    untied = {name: tensor for name, tensor in state.items() if name not in tied}
+    missing, unexpected = model.load_state_dict(split_state_dict(untied, planes, biases), strict=False)
+    if set(missing) - tied or unexpected:
+        raise ValueError(f"{start}: init 'split' found {missing[:5]} missing and {unexpected[:5]} unexpected")
+    model.tie_weights()
+    return model
+
+
+def _pruned_student(
+    model_class: type, config: PreTrainedConfig, stage: Stage, start: str, batches: Iterable[Mapping[str, Tensor]]
+) -> PreTrainedModel:
+    source = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
+    state = source.state_dict()
+    if stage.init == "pruned":
+        state = rewire(state, source.config, head_and_neuron_importance(source, batches))
+    state, changed = cut(state, source.config, stage.width)
+    for name, value in changed.items():
+        setattr(config, name, value)
+    model = model_class(config)
+    model.load_state_dict(state)
+    return model

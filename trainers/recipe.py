@@ -83,7 +83,7 @@ class TeacherSpec:
 class QuantizationSpec:
     """The quantization fields of the student's config, same names and defaults.
 
-    `bits` is W-E-A: weights, word embedding, activations.
+    `bits` is W-E-A: weights, word embedding, activations. `hidden_act` replaces the teacher's activation function.
     """
 
     bits: str = "2-2-8"
@@ -91,12 +91,19 @@ class QuantizationSpec:
     weight_granularity: Literal["per_tensor", "per_row", "per_group"] = "per_tensor"
     embedding_granularity: Literal["per_tensor", "per_row", "per_group"] = "per_row"
     group_size: int = 64
-    activation_quantizer: Literal["symmetric", "asymmetric"] = "asymmetric"
+    activation_quantizer: Literal["symmetric", "asymmetric", "pact", "lsq"] = "asymmetric"
     activation_granularity: Literal["per_token", "per_tensor"] = "per_token"
+    planes: Literal[1, 2] = 1
+    position_bits: Literal[32, 8] = 32
+    hidden_act: str | None = None
 
     def __post_init__(self):
         _require(re.fullmatch(r"\d+-\d+-\d+", self.bits), "bits", "W-E-A such as '2-2-8'", self.bits)
         _require(self.group_size > 0, "group_size", "a positive number", self.group_size)
+
+    def fields(self) -> dict[str, Any]:
+        """What the student's config gets."""
+        return {name: value for name, value in vars(self).items() if (name, value) != ("hidden_act", None)}
 
 
 @dataclass(frozen=True)
@@ -119,26 +126,45 @@ class Targets:
 class Stage:
     """One training run: where the student starts, how it is quantized, what it imitates and for how long.
 
-    `training` takes any field of `transformers.TrainingArguments` but output_dir and seed.
+    `init` is where its weights come from: the recipe's `teacher`; the `previous` stage; `pruned`, the previous stage's
+    (or the teacher's) network whose heads and neurons are ranked and cut to `width`; `subnetwork`, its leading part of
+    that width as it is; `split`, the previous stage's ternary network split into two binary planes. `widths` trains
+    all these widths at once. `teacher` names an earlier stage to imitate instead of the recipe's teacher.
+    `learning_rate_ratio` multiplies the learning rate; `quantizer_learning_rate` is that of learned step sizes and
+    clips. `training` takes any field of `transformers.TrainingArguments` but output_dir and seed.
     """
 
     name: str = "distil"
-    init: Literal["teacher", "previous"] = "teacher"
+    init: Literal["teacher", "previous", "pruned", "subnetwork", "split"] = "teacher"
+    width: float | None = None
+    widths: tuple[float, ...] = ()
+    teacher: str | None = None
     quantization: QuantizationSpec = field(default_factory=QuantizationSpec)
     targets: Targets = field(default_factory=Targets)
     teacher_dropout: bool = False
     temperature: float = 1.0
+    learning_rate_ratio: float = 1.0
+    quantizer_learning_rate: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         _check_folder_name(self.name)
+        for key in ("learning_rate_ratio", "quantizer_learning_rate"):
+            rate = getattr(self, key)
+            _require(rate is None or (math.isfinite(rate) and rate > 0), key, "a finite number above 0", rate)
+        if self.init in ("pruned", "subnetwork"):
+            _require(self.width is not None, "width", f"a number for init {self.init!r}", self.width)
+        else:
+            _require(self.width is None, "width", "nothing, unless init is 'pruned' or 'subnetwork'", self.width)
+        for key, widths in (("width", () if self.width is None else (self.width,)), ("widths", self.widths)):
+            _require(all(0 < width <= 1 for width in widths), key, "shares in (0, 1]", widths)
         _require(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "above 0", self.temperature)
         object.__setattr__(self, "training", _training_arguments(self.training, "training"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Ordered stages from a full-precision checkpoint to a packed one."""
+    """Ordered stages from a full-precision checkpoint to a packed one; `last_stage` leaves the later ones out."""
 
     name: str
     family: str = "ternary"
@@ -146,6 +172,7 @@ class Recipe:
     teacher: TeacherSpec
     stages: tuple[Stage, ...]
     packing: Literal["2bit", "dense"] = "2bit"
+    last_stage: str | None = None
     seed: int = 42
 
     def __post_init__(self):
@@ -154,7 +181,15 @@ class Recipe:
         _require(len(self.stages) > 0, "stages", "at least one stage", "none")
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), "stages", "a different name for every stage", names)
-        _require(self.stages[0].init == "teacher", "stages.0.init", "'teacher', no stage precedes it", "previous")
+        first = self.stages[0].init
+        _require(first in ("teacher", "pruned"), "stages.0.init", "'teacher' or 'pruned', no stage precedes it", first)
+        for index, stage in enumerate(self.stages):
+            known = [None, *names[:index]]
+            _require(stage.teacher in known, f"stages.{index}.teacher", f"one of {known}", stage.teacher)
+        if self.last_stage is not None:
+            _require(self.last_stage in names, "last_stage", f"one of {names}", self.last_stage)
+            object.__setattr__(self, "stages", self.stages[: names.index(self.last_stage) + 1])
+            object.__setattr__(self, "last_stage", None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -180,7 +215,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values of every field, in the order of the fields; `from_dict` gives an equal recipe back."""
         values = dataclasses.asdict(self)
-        values["stages"] = list(values["stages"])
+        values["stages"] = [{**stage, "widths": list(stage["widths"])} for stage in values["stages"]]
         return values
 
     def to_yaml(self) -> str:

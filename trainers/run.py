@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
@@ -34,6 +35,7 @@ from .data import Task, data_identity, label_config, load_data, task_of, tokeniz
 from .distillation import DistillationArguments, DistillationTrainer
 from .initialization import BUNDLED, initial_student, load_teacher, resolve_model, student_config
 from .metrics import compute_metrics_for, score
+from .pruning import WidthAdaptiveTrainer
 from .recipe import DataSpec, Recipe, Stage
 from .results import RESULTS_NAME, environment, read_results, write_atomic, write_results
 from .tables import plot_training
@@ -138,15 +140,22 @@ class _Run:
 
     def execute(self) -> dict:
         teacher = self._teacher()
-        stages, previous = [], self.teacher_path
+        stages, folders = [], {}
+        previous = self.teacher_path
         for index, stage in enumerate(self.recipe.stages):
-            previous, record = self._stage(index, stage, previous, teacher)
+            if stage.teacher is not None:
+                stage_teacher = load_teacher(folders[stage.teacher])
+            else:
+                stage_teacher = teacher
+            previous, record = self._stage(index, stage, previous, stage_teacher)
+            folders[stage.name] = previous
             stages.append(record)
-        model_class, _ = student_config(self.recipe, self.recipe.stages[-1], previous, self.labels)
-        student = model_class.from_pretrained(previous)
+        student = AutoModelForSequenceClassification.from_pretrained(previous)
         student_logits = predict(student, self.tokenizer, self.tokenized[self.recipe.data.eval_split])
         packed_folder = self.output / "packed"
-        student.pack(self.recipe.packing).save_pretrained(packed_folder)
+        if self.recipe.stages[-1].quantization.bits != "32-32-32":
+            student = student.pack(self.recipe.packing)
+        student.save_pretrained(packed_folder)
         self.tokenizer.save_pretrained(packed_folder)
         return self._finish(stages, student_logits, packed_folder)
 
@@ -178,30 +187,63 @@ class _Run:
         return teacher
 
     def _stage(self, index: int, stage: Stage, previous: str, teacher: PreTrainedModel) -> tuple[str, dict]:
+        """(folder of the stage's model, its record). All stages but the last are kept beside the teachers: runs that
+        begin alike share them."""
+        identity = {
+            "teacher": self.recipe.portable()["teacher"],
+            "data": self.identity,
+            "family": self.recipe.family,
+            "stages": self.recipe.portable()["stages"][: index + 1],
+            "seed": self.recipe.seed,
+        }
         folder = self.output / f"stage-{index}-{stage.name}"
+        if index < len(self.recipe.stages) - 1:
+            key = {**identity, "data": self.recipe.portable()["data"], "rows": self.identity}
+            digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+            folder = self.teacher_folder.parent / f"{self.recipe.data.task or 'own'}-{stage.name}-{digest}"
         model_folder = folder / "model"
-        if not (folder / DONE).exists():
-            set_seed(self.recipe.seed)
-            start = self.teacher_path if stage.init == "teacher" else previous
-            args = DistillationArguments(
-                logits_weight=stage.targets.logits,
-                hidden_states_weight=stage.targets.hidden_states,
-                attention_scores_weight=stage.targets.attention_scores,
-                temperature=stage.temperature,
-                teacher_dropout=stage.teacher_dropout,
-                **self._arguments(folder, stage.training, self.recipe.seed),
-            )
-            trainer = DistillationTrainer(
-                model=initial_student(self.recipe, stage, start, self.labels),
-                teacher=teacher,
-                args=args,
-                **self._common({"recipe": self.recipe.portable(), "stage": index, "data": self.identity}),
-            )
-            record = self._train(trainer, folder, stage.name)
-            trainer.model.save_pretrained(model_folder)
-            self.tokenizer.save_pretrained(model_folder)
-            _write_json(folder / DONE, record)
+        with _wait_for_lock(folder):
+            if not (folder / DONE).exists():
+                set_seed(self.recipe.seed)
+                training = folder / "training"
+                trainer = self._trainer(stage, training, previous, teacher, identity)
+                record = self._train(trainer, training, stage.name)
+                trainer.model.save_pretrained(model_folder)
+                self.tokenizer.save_pretrained(model_folder)
+                student = AutoModelForSequenceClassification.from_pretrained(model_folder)
+                split = self.tokenized[self.recipe.data.eval_split]
+                record["metrics"] = self._score(predict(student, self.tokenizer, split))
+                _write_json(folder / DONE, record)
         return str(model_folder), json.loads((folder / DONE).read_text())
+
+    def _trainer(
+        self, stage: Stage, folder: Path, previous: str, teacher: PreTrainedModel, identity: dict
+    ) -> DistillationTrainer:
+        start = self.teacher_path if stage.init == "teacher" else previous
+        training = self._arguments(folder, stage.training, self.recipe.seed)
+        args = DistillationArguments(
+            logits_weight=stage.targets.logits,
+            hidden_states_weight=stage.targets.hidden_states,
+            attention_scores_weight=stage.targets.attention_scores,
+            temperature=stage.temperature,
+            teacher_dropout=stage.teacher_dropout,
+            quantizer_learning_rate=stage.quantizer_learning_rate,
+            **training,
+        )
+        args.learning_rate *= stage.learning_rate_ratio
+        student = initial_student(self.recipe, stage, start, self.labels, self._labelled_batches(stage))
+        common = self._common(identity)
+        if stage.widths:
+            return WidthAdaptiveTrainer(model=student, teacher=teacher, args=args, widths=stage.widths, **common)
+        return DistillationTrainer(model=student, teacher=teacher, args=args, **common)
+
+    def _labelled_batches(self, stage: Stage) -> Iterator[dict[str, Tensor]]:
+        """The evaluation split with labels: it ranks heads and neurons, as in DynaBERT's code."""
+        rows = self.tokenized[self.recipe.data.eval_split]
+        size = stage.training.get("per_device_train_batch_size", 8)
+        collate = DataCollatorWithPadding(self.tokenizer)
+        for begin in range(0, len(rows), size):
+            yield collate([rows[row] for row in range(begin, min(begin + size, len(rows)))])
 
     def _arguments(self, folder: Path, training: dict, seed: int) -> dict:
         defaults = {

@@ -11,6 +11,7 @@ Sweep file:
     runs:                             # variant name -> overrides as a list, as a mapping, or nothing
       twn:
       lat: [quantization.weight_quantizer=lat]
+      binary: {recipe: recipes/binary.yaml, packing: dense}   # a mapping may name another recipe
 
 Later overrides win, in the order task, task_overrides, runs, seed. Layout, `<run>` being `sst2/twn/seed42`:
 
@@ -150,16 +151,18 @@ def _expand(path: Path, data_path: str | Path | None) -> Sweep:
         for task in mapping if isinstance(mapping, dict) else ():
             if task not in known:
                 raise ValueError(f"{name}.{task}: expected a task of `tasks` ({', '.join(known)}), found none")
-    recipe_path = path.parent / spec.recipe
     data = [] if data_path is None else [f"data.path={json.dumps(str(data_path))}"]
 
     def build(task: str | None, variant: str, seed: int | None) -> Run:
         overrides = [] if task is None else [f"data.task={task}"]
         overrides += _overrides(spec.task_overrides.get(task), f"task_overrides.{task}")
-        overrides += _overrides(spec.runs[variant], f"runs.{variant}")
+        own = spec.runs[variant]
+        own = dict(own) if isinstance(own, dict) else own
+        recipe_name = own.pop("recipe", spec.recipe) if isinstance(own, dict) else spec.recipe
+        overrides += _overrides(own, f"runs.{variant}")
         overrides += ([] if seed is None else [f"seed={seed}"]) + data
         try:
-            recipe = Recipe.from_yaml(recipe_path, overrides)
+            recipe = Recipe.from_yaml(path.parent / recipe_name, overrides)
         except ValueError as error:
             raise ValueError(f"runs.{variant}{f' on {task}' if task else ''}: {error}") from error
         label = task or recipe.data.task

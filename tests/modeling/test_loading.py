@@ -228,7 +228,7 @@ def test_scales_of_twn_follow_the_weights_alone():
         ({"bits": 2}, "bits"),
         ({"weight_quantizer": "bwn"}, "weight_quantizer"),
         ({"weight_granularity": "per_column"}, "weight_granularity"),
-        ({"activation_quantizer": "lsq"}, "activation_quantizer"),
+        ({"activation_quantizer": "percentile"}, "activation_quantizer"),
         ({"activation_granularity": "per_row"}, "activation_granularity"),
         ({"group_size": 0}, "group_size"),
         ({"group_size": "64"}, "group_size"),

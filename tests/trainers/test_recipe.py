@@ -123,7 +123,7 @@ def test_the_last_override_wins(tmp_path):
         ({"stages": {"name": "x"}}, "stages: expected a list"),
         ({"stages": [{}, {}]}, "stages: expected a different name for every stage"),
         ({"stages": [{"init": "previous"}]}, "stages.0.init: expected 'teacher'"),
-        ({"stages": [{"init": "random"}]}, "stages.0.init: expected one of 'teacher', 'previous', found 'random'"),
+        ({"stages": [{"init": "random"}]}, "stages.0.init: expected one of 'teacher', 'previous', .*found 'random'"),
         ({"stages": [{"temperature": 0}]}, "stages.0.temperature: expected above 0, found 0.0"),
         ({"stages": [{"temperature": ".nan"}]}, "stages.0.temperature: expected a number, found str '.nan'"),
         ({"stages": [{"temperature": float("inf")}]}, "stages.0.temperature: expected a finite number"),
@@ -239,7 +239,8 @@ def test_quantization_fields_are_those_of_the_config():
     modeling_qbert = pytest.importorskip("modeling_qbert")
     config = modeling_qbert.TernaryBertConfig()
     spec = QuantizationSpec()
-    assert dataclasses.asdict(spec) == {item.name: getattr(config, item.name) for item in dataclasses.fields(spec)}
+    assert spec.fields() == {name: getattr(config, name) for name in spec.fields()}
     for name, hint in typing.get_type_hints(QuantizationSpec).items():
-        for choice in typing.get_args(hint):
-            assert getattr(modeling_qbert.TernaryBertConfig(**{name: choice}), name) == choice
+        for choice in typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ():
+            fields = {name: choice, "bits": "1-1-8"}
+            assert getattr(modeling_qbert.BinaryBertConfig(**fields), name) == choice
