@@ -22,6 +22,7 @@ from transformers.models.roberta.modeling_roberta import RobertaClassificationHe
 from .attention import quantized_attention  # noqa: F401 (registers the attention functions)
 from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import LowBitConfig, low_bit_fields
+from .fused import fuse_backbone, fused_forward_of
 from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory
 from .layers import (
     FixedGELU,
@@ -102,9 +103,16 @@ class LowBitMixin:
     fake-quantize in forward. packed: after `pack()`, or loaded from a packed checkpoint, they hold bits and scales.
     """
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        forward = fused_forward_of(cls)
+        if forward is not None:
+            cls.forward = forward
+
     def __init__(self, config, *args, **kwargs):
         with _constructible(config):
             super().__init__(config, *args, **kwargs)
+        fuse_backbone(self.base_model)
         self._resize_heads()
         self._insert_quantizers()
 

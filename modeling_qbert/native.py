@@ -8,19 +8,25 @@ Shapes: N rows, O out rows, I in columns, P planes, G groups, B batch, T tokens,
 
 import ctypes
 import importlib.util
+import math
 import os
 import weakref
-from ctypes import c_float, c_int, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import c_double, c_float, c_int, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .packing import packed_columns as row_bytes
+from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
+
 
 VERSION = 1  # of the C interface
 LEVELS = ("scalar", "avx2", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
-FEATURES = {"gelu": 0, "relu": 1}
+FUNCTIONS = {"gelu": 0, "relu": 1}
+OUT_OF_TABLE, HIDDEN_START = -2, -3  # answers of `qb_encoder_forward` that torch can explain better
 
 _SIGNATURES = {
     "qb_version": (c_int, []),
@@ -31,18 +37,15 @@ _SIGNATURES = {
     "qb_weight_free": (None, [c_void_p]),
     "qb_sums": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p]),
     "qb_linear": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int]),
-    "qb_quantize": (c_int, [c_void_p, c_int64, c_int64, c_int, c_int, c_void_p, c_void_p, c_void_p]),
+    "qb_quantize": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 4]),
     "qb_gelu": (None, [c_void_p, c_int64, c_int64]),
     "qb_layer_norm": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float]),
-    "qb_attention": (c_int, [*[c_void_p] * 3, c_int64, c_int64, c_float, c_int, c_int, c_void_p]),
-    "qb_encoder_new": (c_void_p, [*[c_int64] * 5, c_int, c_int, c_int, c_float]),
+    "qb_attention": (c_int, [*[c_void_p] * 3, c_int64, c_int64, c_float, c_void_p, c_void_p]),
+    "qb_encoder_new": (c_void_p, [*[c_int64] * 5, c_int, c_float]),
     "qb_encoder_free": (None, [c_void_p]),
-    "qb_encoder_layer": (c_int, [c_void_p, c_int64, *[c_void_p] * 8, c_float]),
-    "qb_encoder_embedding": (
-        c_int,
-        [c_void_p, c_int, c_void_p, c_void_p, *[c_int64] * 3, *[c_void_p] * 4, c_float],
-    ),
-    "qb_encoder_forward": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 6, c_int]),
+    "qb_encoder_layer": (c_int, [c_void_p, c_int64, *[c_void_p] * 9, c_float]),
+    "qb_encoder_embedding": (c_int, [c_void_p, c_int, *[c_void_p] * 7, c_float]),
+    "qb_encoder_forward": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 5, c_int64, c_void_p, c_int]),
 }
 
 
@@ -91,9 +94,41 @@ def _address(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...] |
     return tensor.data_ptr()
 
 
-def _check(status: int | None) -> None:
+def _check(status: int) -> None:
     if status:
         raise MemoryError("the native engine ran out of memory")
+
+
+class Place(NamedTuple):
+    """How the numbers of one place become codes: a min-max range within clips, or a fixed step above a floor."""
+
+    bits: int
+    kind: int  # 0 asymmetric range, 1 symmetric range, 2 fixed step
+    clip_low: float = -math.inf
+    clip_high: float = math.inf
+    step: float = 1.0
+    floor: float = 0.0
+    least: int = 0
+    most: int = 0
+    less: int = 0  # taken off a code so that it fits int8
+
+
+def place_of(quantizer: ActivationQuantizer | LsqQuantizer | PactQuantizer, signed: bool = True) -> Place:
+    """The engine's form of a quantizer; codes of probabilities stay unsigned (`signed` False)."""
+    if isinstance(quantizer, LsqQuantizer):
+        step = float(quantizer.step.detach().clamp_min(MIN_STEP))
+        less = 128 if signed and quantizer.most > 127 else 0
+        bits = (quantizer.most - quantizer.least).bit_length()
+        return Place(bits, 2, -math.inf, math.inf, step, quantizer.low or 0.0, quantizer.least, quantizer.most, less)
+    if isinstance(quantizer, PactQuantizer):
+        return place_of(quantizer.dynamic)._replace(
+            **dict(zip(("clip_low", "clip_high"), quantizer.clip.detach().tolist()))
+        )
+    return Place(quantizer.bits, int(quantizer.symmetric))
+
+
+def _places(places: Sequence[Place]) -> ctypes.Array:
+    return (c_double * (len(Place._fields) * len(places)))(*[number for place in places for number in place])
 
 
 class NativeWeight:
@@ -109,9 +144,9 @@ class NativeWeight:
     def __init__(self, packed: Tensor, columns: int, layout: str, scale: Tensor, group_size: int, bias: Tensor | None):
         planes, rows, width = packed.shape
         groups = scale.shape[2]
-        widths = {"2bit": -(-columns // 4), "dense": -(-columns // 5), "int8": columns + 1, "1bit": -(-columns // 8)}
-        if width != widths[layout] or 0 in (planes, rows, columns):
-            raise ValueError(f"a {layout} row of {columns} codes has {widths[layout]} bytes, found {list(packed.shape)}")
+        if width != row_bytes(columns, layout) or 0 in (planes, rows, columns):
+            expected = row_bytes(columns, layout)
+            raise ValueError(f"a {layout} row of {columns} codes has {expected} bytes, found {list(packed.shape)}")
         if groups > 1 and (not supports_groups(layout, group_size) or -(-columns // group_size) != groups):
             raise ValueError(f"{groups} groups of {group_size} columns do not fit {columns} columns of {layout}")
         self.planes, self.rows, self.columns, self.groups, self.layout = planes, rows, columns, groups, layout
@@ -129,6 +164,9 @@ class NativeWeight:
         if not self.handle:
             raise MemoryError("the native engine ran out of memory")
         self._free = weakref.finalize(self, _library.qb_weight_free, self.handle)
+
+    def __reduce__(self):
+        return _nothing, ()
 
     def release(self) -> int:
         """The handle, for an owner that frees it."""
@@ -157,12 +195,12 @@ def supports_groups(layout: str, group_size: int) -> bool:
     return group_size % (32 if layout == "1bit" else 16) == 0
 
 
-def quantize(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`ActivationQuantizer` per row of float32 (N, I): int8 codes, scale and offset (N, 1)."""
+def quantize(x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row of float32 (N, I): int8 codes, scale and offset (N, 1)."""
     codes = torch.empty(x.shape, dtype=torch.int8)
     scale, offset = torch.empty(x.shape[0], 1), torch.empty(x.shape[0], 1)
     outputs = (codes.data_ptr(), scale.data_ptr(), offset.data_ptr())
-    _check(_library.qb_quantize(_address(x, torch.float32), *x.shape, bits, symmetric, *outputs))
+    _check(_library.qb_quantize(_address(x, torch.float32), *x.shape, _places([place]), *outputs))
     return codes, scale, offset
 
 
@@ -181,17 +219,19 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     return y
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, bits: int, symmetric: bool) -> Tensor:
-    """Quantized attention of one head of one sentence, float32 (T, D) each."""
+def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, places: Sequence[Place]) -> Tensor:
+    """Quantized attention of one head of one sentence, float32 (T, D) each; places of the three and probabilities."""
     context = torch.empty_like(query)
     inputs = [_address(part, torch.float32, query.shape) for part in (query, key, value)]
-    _check(_library.qb_attention(*inputs, *query.shape, scaling, bits, symmetric, context.data_ptr()))
+    _check(_library.qb_attention(*inputs, *query.shape, scaling, _places(places), context.data_ptr()))
     return context
 
 
 class LayerWeights(NamedTuple):
-    """One encoder layer: weights of query over key over value, attention output, up and down; two LayerNorms."""
+    """One encoder layer: places where numbers become codes (input, query, key, value, probabilities, context, hidden,
+    feed-forward), weights of query over key over value, attention output, up and down, and two LayerNorms."""
 
+    places: Sequence[Place]
     query_key_value: NativeWeight
     output: NativeWeight
     up: NativeWeight
@@ -201,7 +241,8 @@ class LayerWeights(NamedTuple):
 
 
 class EmbeddingTables(NamedTuple):
-    """Packed word embedding uint8 (V, bytes), scale (1 or V, G), float types and positions, LayerNorm."""
+    """Packed word embedding uint8 (V, bytes), scale (1 or V, G), float types and positions, LayerNorm; `padding` is the
+    id that positions do not count, -1 if they count every token from 0."""
 
     words: Tensor
     layout: str
@@ -210,6 +251,7 @@ class EmbeddingTables(NamedTuple):
     types: Tensor
     positions: Tensor
     norm: tuple[Tensor, Tensor]
+    padding: int
 
 
 class NativeEncoder:
@@ -217,20 +259,18 @@ class NativeEncoder:
 
     def __init__(
         self,
-        layers: list[LayerWeights],
+        layers: Sequence[LayerWeights],
         hidden: int,
         heads: int,
         head_size: int,
         intermediate: int,
-        feature: str,
-        bits: int,
-        symmetric: bool,
+        function: str,
         epsilon: float,
         embedding: EmbeddingTables | None = None,
     ):
         self.hidden = hidden
         self.handle = _library.qb_encoder_new(
-            len(layers), hidden, heads, head_size, intermediate, FEATURES[feature], bits, symmetric, head_size**-0.5
+            len(layers), hidden, heads, head_size, intermediate, FUNCTIONS[function], head_size**-0.5
         )
         if not self.handle:
             raise MemoryError("the native engine ran out of memory")
@@ -251,40 +291,64 @@ class NativeEncoder:
                 _address(part, torch.float32, (hidden,)) for part in (*layer.attention_norm, *layer.output_norm)
             ]
             handles = [weight.release() for weight in weights]
-            _check(_library.qb_encoder_layer(self.handle, index, *handles, *norms, epsilon))
+            places = _places(layer.places)
+            _check(_library.qb_encoder_layer(self.handle, index, places, *handles, *norms, epsilon))
         self.tables = embedding  # the engine reads their memory
         if embedding is not None:
+            tables = (embedding.types, embedding.positions)
+            rows, groups = embedding.words.shape[0], embedding.scale.shape[1]
+            group_size = embedding.group_size if groups > 1 else hidden
+            sizes = (rows, embedding.scale.shape[0], groups, group_size, *(table.shape[0] for table in tables))
             _check(
                 _library.qb_encoder_embedding(
                     self.handle,
                     LAYOUTS[embedding.layout],
-                    _address(embedding.words, torch.uint8),
+                    _address(embedding.words, torch.uint8, (rows, row_bytes(hidden, embedding.layout))),
                     _address(embedding.scale, torch.float32),
-                    embedding.scale.shape[0],
-                    embedding.scale.shape[1],
-                    embedding.group_size if embedding.scale.shape[1] > 1 else hidden,
-                    _address(embedding.types, torch.float32, (embedding.types.shape[0], hidden)),
-                    _address(embedding.positions, torch.float32, (embedding.positions.shape[0], hidden)),
+                    (c_int64 * len(sizes))(*sizes),
+                    *[_address(table, torch.float32, (table.shape[0], hidden)) for table in tables],
                     *[_address(part, torch.float32, (hidden,)) for part in embedding.norm],
                     epsilon,
                 )
             )
 
-    def __call__(self, given: Tensor | tuple[Tensor, Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Last hidden state (B, T, C), 0 where `mask` is False.
+    def __reduce__(self):
+        return _nothing, ()  # a copy of a model makes an engine of its own
+
+    def __call__(
+        self,
+        mask: Tensor | None,
+        embedded: Tensor | None = None,
+        words: Tensor | None = None,
+        types: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor | None:
+        """Last hidden state (B, T, C), 0 where the bool `mask` (B, T) is False; None where torch has to answer or to
+        complain: an id without a row in its table, or a sentence whose first token is masked.
 
         Args:
-            given: float32 (B, T, C), or int64 ids, types and positions (B, T), within their tables.
-            mask: bool (B, T) or None.
+            embedded: float32 (B, T, C), or None and the tokens themselves:
+            words, types, positions: int64 (B, T); types None are 0, positions None are counted.
         """
-        if isinstance(given, Tensor):
-            shape = given.shape[:2]
-            inputs = (_address(given, torch.float32, (*shape, self.hidden)), None, None, None)
-        else:
-            shape = given[0].shape
-            inputs = (None, *(_address(part, torch.int64, shape) for part in given))
+        shape = (words if embedded is None else embedded).shape[:2]
         output = torch.empty(*shape, self.hidden)
-        address = _address(mask, torch.bool, shape)
-        threads = torch.get_num_threads()
-        _check(_library.qb_encoder_forward(self.handle, *shape, address, *inputs, output.data_ptr(), threads))
+        status = _library.qb_encoder_forward(
+            self.handle,
+            *shape,
+            _address(mask, torch.bool, shape),
+            _address(embedded, torch.float32, (*shape, self.hidden)),
+            _address(words, torch.int64, shape),
+            _address(types, torch.int64, shape),
+            _address(positions, torch.int64, shape),
+            -1 if self.tables is None else self.tables.padding,
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if status in (OUT_OF_TABLE, HIDDEN_START):
+            return None
+        _check(status)
         return output
+
+
+def _nothing() -> None:
+    return None

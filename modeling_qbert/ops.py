@@ -15,11 +15,11 @@ from .quantizers import Quantized, expand_scale
 
 
 try:
-    from .native import NativeEncoder, NativeWeight
+    from .native import EmbeddingTables, LayerWeights, NativeEncoder, NativeWeight, place_of, supports_groups
 
     WHY_NOT_NATIVE = ""
 except ImportError as _error:  # built without a compiler, or copied as remote code
-    NativeEncoder = NativeWeight = None
+    EmbeddingTables = LayerWeights = NativeEncoder = NativeWeight = place_of = supports_groups = None
     WHY_NOT_NATIVE = str(_error)
 
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32
@@ -88,8 +88,7 @@ def _add_products(y: Tensor | None, products: Tensor, x: Quantized, scale: Tenso
     Operation by operation: `addcmul` rounds once or twice, as the CPU and the place in memory have it.
     """
     if x.offset is not None:
-        shift = x.offset * sums
-        y = shift if y is None else shift.add_(y)
+        y = x.offset * sums if y is None else x.offset * sums + y
     products = products.mul_(x.scale * scale)
     return products if y is None else products.add_(y)
 

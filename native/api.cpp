@@ -1,5 +1,5 @@
 // The C interface. Pointers and sizes come from modeling_qbert/native.py, which has checked them; memory that runs out
-// is the one error: a null pointer or -1.
+// is a null pointer or kNoMemory.
 
 #include <algorithm>
 #include <atomic>
@@ -80,6 +80,18 @@ void set_norm(LayerNorm& norm, const float* weight, const float* bias, float eps
     norm.epsilon = epsilon;
 }
 
+// bits, kind, clips, step, floor, least, most, less: native.py writes a place as these numbers.
+constexpr int kNumbersOfPlace = 9;
+
+Activation activation_of(const double* numbers) {
+    Activation a;
+    a.bits = static_cast<int>(numbers[0]), a.kind = static_cast<int>(numbers[1]);
+    a.clip_low = static_cast<float>(numbers[2]), a.clip_high = static_cast<float>(numbers[3]);
+    a.step = static_cast<float>(numbers[4]), a.floor = static_cast<float>(numbers[5]);
+    a.least = static_cast<int>(numbers[6]), a.most = static_cast<int>(numbers[7]), a.less = static_cast<int>(numbers[8]);
+    return a;
+}
+
 struct Job {
     const Weight* weight;
     const Codes* codes;
@@ -120,9 +132,9 @@ int qb_sums(const void* weight, int64_t plane, int64_t group, const int8_t* x, i
     kernels().sums(w, plane, group, laid.codes.get(), laid.sums.get(), rows, sums.get());
     for (long row = 0; row < rows; ++row)
         std::memcpy(out + row * w.rows, sums.get() + row * w.padded_rows(), w.rows * 4);
-    return 0;
+    return kDone;
 } catch (const std::bad_alloc&) {
-    return -1;
+    return kNoMemory;
 }
 
 // y (N, O) = linear_codes of codes x (N, I) with scale and offset (N).
@@ -141,22 +153,23 @@ int qb_linear(const void* weight, const int8_t* x, float* scale, float* offset, 
                          vectors * (thread + 1) / team.size(), j.y, j.weight->padded_rows());
     }, &job);
     for (long row = 0; row < rows; ++row) std::memcpy(y + row * w.rows, wide.get() + row * w.padded_rows(), w.rows * 4);
-    return 0;
+    return kDone;
 } catch (const std::bad_alloc&) {
-    return -1;
+    return kNoMemory;
 }
 
 // codes (N, I) int8, scale and offset (N) of x (N, I).
-int qb_quantize(const float* x, int64_t rows, int64_t columns, int bits, int symmetric, int8_t* codes, float* scale,
+int qb_quantize(const float* x, int64_t rows, int64_t columns, const double* place, int8_t* codes, float* scale,
                 float* offset) try {
     Buffer<int32_t> sums(rows);
     const Codes out{codes, scale, offset, sums.get(), columns, 1};
+    const Activation activation = activation_of(place);
     for (long row = 0; row < rows; ++row)
-        kernels().quantize(x + row * columns, columns, kernels().range(x + row * columns, columns), {bits, symmetric},
-                           columns, out, row);
-    return 0;
+        kernels().quantize(x + row * columns, columns, kernels().range(x + row * columns, columns), activation, columns,
+                           out, row);
+    return kDone;
 } catch (const std::bad_alloc&) {
-    return -1;
+    return kNoMemory;
 }
 
 void qb_gelu(float* x, int64_t rows, int64_t columns) {
@@ -167,28 +180,30 @@ int qb_layer_norm(float* x, int64_t rows, int64_t columns, const float* weight, 
     LayerNorm norm;
     set_norm(norm, weight, bias, epsilon, columns);
     for (long row = 0; row < rows; ++row) kernels().layer_norm(norm, nullptr, x + row * columns, columns);
-    return 0;
+    return kDone;
 } catch (const std::bad_alloc&) {
-    return -1;
+    return kNoMemory;
 }
 
-// context (T, D) of query, key, value (T, D).
+// context (T, D) of query, key, value (T, D); places of the three and of the probabilities.
 int qb_attention(const float* query, const float* key, const float* value, int64_t tokens, int64_t size, float scaling,
-                 int bits, int symmetric, float* context) try {
+                 const double* places, float* context) try {
     Buffer<uint8_t> scratch(attention_scratch(tokens, size));
-    kernels().attention(
-            {query, key, value, size, context, size, tokens, size, scaling, {bits, symmetric}, scratch.get()});
-    return 0;
+    Activation of[4];
+    for (int i = 0; i < 4; ++i) of[i] = activation_of(places + i * kNumbersOfPlace);
+    kernels().attention({query, key, value, size, context, size, tokens, size, scaling, &of[0], &of[1], &of[2], &of[3],
+                         scratch.get()});
+    return kDone;
 } catch (const std::bad_alloc&) {
-    return -1;
+    return kNoMemory;
 }
 
-void* qb_encoder_new(int64_t layers, int64_t hidden, int64_t heads, int64_t head_size, int64_t intermediate, int feature,
-                     int bits, int symmetric, float scaling) try {
+void* qb_encoder_new(int64_t layers, int64_t hidden, int64_t heads, int64_t head_size, int64_t intermediate,
+                     int function, float scaling) try {
     auto encoder = std::make_unique<Encoder>();
     encoder->hidden = hidden, encoder->heads = heads, encoder->head_size = head_size;
-    encoder->intermediate = intermediate, encoder->feature = static_cast<Feature>(feature);
-    encoder->activation = {bits, symmetric}, encoder->scaling = scaling;
+    encoder->intermediate = intermediate, encoder->function = static_cast<Function>(function);
+    encoder->scaling = scaling;
     encoder->layers.resize(layers);
     return encoder.release();
 } catch (const std::bad_alloc&) {
@@ -197,8 +212,8 @@ void* qb_encoder_new(int64_t layers, int64_t hidden, int64_t heads, int64_t head
 
 void qb_encoder_free(void* encoder) { delete static_cast<Encoder*>(encoder); }
 
-// Takes the four weights: query over key over value, attention output, up and down.
-int qb_encoder_layer(void* encoder, int64_t index, void* query_key_value, void* output, void* up, void* down,
+// Takes the four weights: query over key over value, attention output, up and down. Places are in the order of Place.
+int qb_encoder_layer(void* encoder, int64_t index, const double* places, void* query_key_value, void* output, void* up, void* down,
                      const float* attention_weight, const float* attention_bias, const float* output_weight,
                      const float* output_bias, float epsilon) try {
     Encoder& e = *static_cast<Encoder*>(encoder);
@@ -207,38 +222,39 @@ int qb_encoder_layer(void* encoder, int64_t index, void* query_key_value, void* 
     layer.output.reset(static_cast<Weight*>(output));
     layer.up.reset(static_cast<Weight*>(up));
     layer.down.reset(static_cast<Weight*>(down));
+    for (int i = 0; i < kPlaces; ++i) layer.places[i] = activation_of(places + i * kNumbersOfPlace);
     set_norm(layer.after_attention, attention_weight, attention_bias, epsilon, e.hidden);
     set_norm(layer.after_feed_forward, output_weight, output_bias, epsilon, e.hidden);
-    return 0;
+    return kDone;
 } catch (const std::bad_alloc&) {
-    return -1;
+    return kNoMemory;
 }
 
-// The tables stay the caller's and must outlive the encoder.
-int qb_encoder_embedding(void* encoder, int layout, const uint8_t* words, const float* scale, int64_t scale_rows,
-                         int64_t groups, int64_t group_columns, const float* types, const float* positions,
-                         const float* weight, const float* bias, float epsilon) try {
+// The tables stay the caller's and must outlive the encoder. sizes: V, rows of scale, G, columns of a group, rows of
+// types and of positions.
+int qb_encoder_embedding(void* encoder, int layout, const uint8_t* words, const float* scale, const int64_t* sizes,
+                         const float* types, const float* positions, const float* weight, const float* bias,
+                         float epsilon) try {
     Encoder& e = *static_cast<Encoder*>(encoder);
     auto embedding = std::make_unique<Embedding>();
     embedding->layout = static_cast<Layout>(layout);
-    embedding->words = words, embedding->scale = scale, embedding->scale_rows = scale_rows;
-    embedding->groups = groups, embedding->group_columns = group_columns;
-    embedding->types = types, embedding->positions = positions;
+    embedding->words = words, embedding->scale = scale, embedding->types = types, embedding->positions = positions;
+    embedding->rows = sizes[0], embedding->scale_rows = sizes[1], embedding->groups = sizes[2];
+    embedding->group_columns = sizes[3], embedding->type_rows = sizes[4], embedding->position_rows = sizes[5];
     set_norm(embedding->norm, weight, bias, epsilon, e.hidden);
     e.embedding = std::move(embedding);
-    return 0;
+    return kDone;
 } catch (const std::bad_alloc&) {
-    return -1;
+    return kNoMemory;
 }
 
 int qb_encoder_forward(const void* encoder, int64_t sentences, int64_t tokens, const uint8_t* mask,
                        const float* embedded, const int64_t* words, const int64_t* types, const int64_t* positions,
-                       float* output, int threads) try {
-    forward(*static_cast<const Encoder*>(encoder),
-            {sentences, tokens, mask, embedded, words, types, positions, output}, threads);
-    return 0;
+                       int64_t padding, float* output, int threads) try {
+    return forward(*static_cast<const Encoder*>(encoder),
+                   {sentences, tokens, mask, embedded, words, types, positions, padding, output}, threads);
 } catch (const std::bad_alloc&) {
-    return -1;
+    return kNoMemory;
 }
 
 }  // extern "C"

@@ -38,7 +38,7 @@ QB_INLINE void quantize_keys(const Head& head, const AttentionScratch& s) {
     int32_t codes[4] = {};
     for (long token = 0; token < head.tokens; ++token) {
         const float* key = head.key + token * head.stride;
-        const Line line = line_of(range_row(key, head.size), head.activation);
+        const Line line = line_of(range_row(key, head.size), *head.of_key);
         const int32_t sum = codes_row(key, head.size, line, s.row);
         for (long i = head.size; i < s.depth; ++i) s.row[i] = 0;
         uint8_t* panel = s.key_panel + token / kLanes * s.depth * kLanes + token % kLanes * 4;
@@ -60,7 +60,7 @@ QB_INLINE Line quantize_values(const Head& head, const AttentionScratch& s) {
         widen(range, row.low);
         widen(range, row.high);
     }
-    const Line line = line_of(range, head.activation);
+    const Line line = line_of(range, *head.of_value);
     for (long first = 0; first < head.tokens; first += 4) {
         for (long i = 0; i < 4; ++i) {
             int8_t* row = s.row + i * s.width;
@@ -81,7 +81,7 @@ QB_INLINE Line quantize_values(const Head& head, const AttentionScratch& s) {
 
 // Scores of one query, whole numbers in `scores` made floats in place; returns the largest.
 QB_INLINE float score_row(const Head& head, const AttentionScratch& s, const Line& query, int32_t sum, float* scores) {
-    const bool offsets = !head.activation.symmetric;
+    const bool offsets = head.of_query->kind == kAsymmetric;
     const float query_sum = static_cast<float>(sum) * query.scale;
     const float offset_size = static_cast<float>(head.size) * query.offset;
     f16 highest = splat(-__builtin_inff());
@@ -110,7 +110,7 @@ QB_TARGET static void attention_head(const Head& head) {
     lay_out(reinterpret_cast<uintptr_t>(head.scratch), head.tokens, head.size, s);
     quantize_keys(head, s);
     const Line value = quantize_values(head, s);
-    const bool offsets = !head.activation.symmetric;
+    const bool offsets = head.of_value->kind == kAsymmetric;
     const long blocks = (head.tokens + kQueries - 1) / kQueries, most = (head.tokens + blocks - 1) / blocks;
     for (long first = 0; first < head.tokens; first += most) {
         const int rows = static_cast<int>(head.tokens - first < most ? head.tokens - first : most);
@@ -118,7 +118,7 @@ QB_TARGET static void attention_head(const Head& head) {
         int32_t sums[kQueries];
         for (int r = 0; r < rows; ++r) {
             const float* query = head.query + (first + r) * head.stride;
-            lines[r] = line_of(range_row(query, head.size), head.activation);
+            lines[r] = line_of(range_row(query, head.size), *head.of_query);
             sums[r] = codes_row(query, head.size, lines[r], s.queries + r * s.depth);
             for (long i = head.size; i < s.depth; ++i) s.queries[r * s.depth + i] = 0;
         }
@@ -129,7 +129,7 @@ QB_TARGET static void attention_head(const Head& head) {
         for (int r = 0; r < rows; ++r) {
             float* scores = s.scores + r * s.keys;
             const float high = score_row(head, s, lines[r], sums[r], scores);
-            probabilities[r] = softmax_row(scores, head.tokens, high, head.activation.bits, s.probabilities + r * s.keys);
+            probabilities[r] = softmax_row(scores, head.tokens, high, *head.of_probability, s.probabilities + r * s.keys);
         }
         panel_product<true>(s.value_panel, s.quads * kLanes, s.width / kLanes, (head.tokens + 3) / 4, s.probabilities,
                             s.keys, rows, s.context, s.width);

@@ -75,7 +75,8 @@ struct Wave {
     const Kernels& run;
     Scratch& scratch;
     std::vector<Sentence> sentences;
-    std::vector<long> places;                // of every row in (B, T)
+    std::vector<long> places;                 // of every row in (B, T)
+    std::vector<int64_t> positions;           // of every row in the table, if there is one
     std::vector<std::atomic<long>>& tickets;  // one counter of attention tasks per layer
 
     long rows() const { return static_cast<long>(places.size()); }
@@ -104,8 +105,7 @@ class Worker {
         for (long row = first_; row < last_; ++row) begin(row);
         for (size_t index = 0; index < encoder_.layers.size(); ++index) {
             const Layer& layer = encoder_.layers[index];
-            const Weight* next =
-                    index + 1 < encoder_.layers.size() ? encoder_.layers[index + 1].query_key_value.get() : nullptr;
+            const Layer* next = index + 1 < encoder_.layers.size() ? &encoder_.layers[index + 1] : nullptr;
             blocks([&](long row, long rows) { query_key_value(layer, row, rows); });
             team_.barrier();
             attention(layer, index);
@@ -136,8 +136,9 @@ class Worker {
         return codes_for(w, own_.codes.get(), own_.scale.get(), own_.offset.get(), own_.sums.get());
     }
 
-    void quantize(const Weight& w, const float* values, Range range, const Codes& codes, long row) {
-        run_.quantize(values, w.columns, range, encoder_.activation, w.group_columns, codes, row);
+    void quantize(const Weight& w, const Activation& place, const float* values, Range range, const Codes& codes,
+                  long row) {
+        run_.quantize(values, w.columns, range, place, w.group_columns, codes, row);
     }
 
     // The embedding of a row, normalized, and its codes for the first layer.
@@ -153,8 +154,8 @@ class Worker {
             const long word = batch.words[place];
             unpack_row(e.layout, e.words + word * packed_row_bytes(e.layout, hidden), hidden, own_.word.get());
             const float* scale = e.scale + (e.scale_rows == 1 ? 0 : word * e.groups);
-            const float* type = e.types + batch.types[place] * hidden;
-            const float* position = e.positions + batch.positions[place] * hidden;
+            const float* type = e.types + (batch.types ? batch.types[place] : 0) * hidden;
+            const float* position = e.positions + wave_.positions[row] * hidden;
             for (long group = 0; group < e.groups; ++group) {
                 const long end = group + 1 == e.groups ? hidden : (group + 1) * e.group_columns;
                 for (long c = group * e.group_columns; c < end; ++c)
@@ -164,7 +165,7 @@ class Worker {
         }
         if (!encoder_.layers.empty()) {
             const Weight& w = *encoder_.layers[0].query_key_value;
-            quantize(w, x(row), range, input_codes(w), row);
+            quantize(w, encoder_.layers[0].places[kInput], x(row), range, input_codes(w), row);
         }
     }
 
@@ -185,38 +186,42 @@ class Worker {
             const float* query = scratch_.query_key_value.get() + sentence.first * stride + head;
             run_.attention({query, query + all, query + 2 * all, stride,
                             scratch_.context.get() + sentence.first * all + head, all, sentence.tokens,
-                            encoder_.head_size, encoder_.scaling, encoder_.activation, own_.attention.get()});
+                            encoder_.head_size, encoder_.scaling, &layer.places[kQuery], &layer.places[kKey],
+                            &layer.places[kValue], &layer.places[kProbability], own_.attention.get()});
         }
     }
 
     // Attention output, feed-forward and their norms, to the codes that the next layer reads.
-    void rest(const Layer& layer, const Weight* next, long row, long rows) {
+    void rest(const Layer& layer, const Layer* next, long row, long rows) {
         const long hidden = encoder_.hidden, all = encoder_.heads * encoder_.head_size;
         float* const wide = own_.wide.get();
         Codes codes = block_codes(*layer.output);
         for (long r = 0; r < rows; ++r) {
             const float* context = scratch_.context.get() + (row + r) * all;
-            quantize(*layer.output, context, run_.range(context, all), codes, r);
+            quantize(*layer.output, layer.places[kContext], context, run_.range(context, all), codes, r);
         }
         linear(*layer.output, codes, rows);
         codes = block_codes(*layer.up);
         for (long r = 0; r < rows; ++r) {
             const float* y = wide + r * layer.output->padded_rows();
-            quantize(*layer.up, x(row + r), run_.layer_norm(layer.after_attention, y, x(row + r), hidden), codes, r);
+            const Range range = run_.layer_norm(layer.after_attention, y, x(row + r), hidden);
+            quantize(*layer.up, layer.places[kHidden], x(row + r), range, codes, r);
         }
         linear(*layer.up, codes, rows);
         codes = block_codes(*layer.down);
         for (long r = 0; r < rows; ++r) {
             float* y = wide + r * layer.up->padded_rows();
-            const Range range = encoder_.feature == kGelu ? run_.gelu(y, encoder_.intermediate)
-                                                          : run_.relu(y, encoder_.intermediate);
-            quantize(*layer.down, y, range, codes, r);
+            const Range range = encoder_.function == kGelu ? run_.gelu(y, encoder_.intermediate)
+                                                           : run_.relu(y, encoder_.intermediate);
+            quantize(*layer.down, layer.places[kFeature], y, range, codes, r);
         }
         linear(*layer.down, codes, rows);
         for (long r = 0; r < rows; ++r) {
             const float* y = wide + r * layer.down->padded_rows();
             const Range range = run_.layer_norm(layer.after_feed_forward, y, x(row + r), hidden);
-            if (next) quantize(*next, x(row + r), range, input_codes(*next), row + r);
+            if (!next) continue;
+            const Weight& w = *next->query_key_value;
+            quantize(w, next->places[kInput], x(row + r), range, input_codes(w), row + r);
         }
     }
 
@@ -268,15 +273,47 @@ void make_room(const Encoder& encoder, Scratch& s, long rows, long longest, int 
 
 }  // namespace
 
-void forward(const Encoder& encoder, const Batch& batch, int threads) {
-    std::vector<std::vector<long>> places(batch.sentences);
+namespace {
+
+// Appends the real tokens of sentence b; false where one has no row in a table.
+bool add_sentence(const Encoder& encoder, const Batch& batch, long b, Wave& wave) {
+    const long begin = b * batch.tokens, first = wave.rows();
+    int64_t counted = batch.padding;
+    for (long t = 0; t < batch.tokens; ++t) {
+        const long place = begin + t;
+        const bool real = !batch.mask || batch.mask[place];
+        if (!real) __builtin_memset(batch.output + place * encoder.hidden, 0, encoder.hidden * 4);
+        if (!batch.embedded) {
+            const Embedding& e = *encoder.embedding;
+            const int64_t word = batch.words[place], type = batch.types ? batch.types[place] : 0;
+            counted += word != batch.padding;
+            const int64_t position = batch.positions          ? batch.positions[place]
+                                     : word == batch.padding ? batch.padding
+                                                             : counted;
+            if (word < 0 || word >= e.rows || type < 0 || type >= e.type_rows || position < 0 ||
+                position >= e.position_rows)
+                return false;
+            if (real) wave.positions.push_back(position);
+        }
+        if (real) wave.places.push_back(place);
+    }
+    if (wave.rows() > first) wave.sentences.push_back({first, wave.rows() - first});
+    return true;
+}
+
+}  // namespace
+
+Status forward(const Encoder& encoder, const Batch& batch, int threads) {
     long longest = 1, all = 0;
+    std::vector<long> lengths(batch.sentences, batch.tokens);
     for (long b = 0; b < batch.sentences; ++b) {
-        for (long t = 0; t < batch.tokens; ++t)
-            if (!batch.mask || batch.mask[b * batch.tokens + t]) places[b].push_back(b * batch.tokens + t);
-            else __builtin_memset(batch.output + (b * batch.tokens + t) * encoder.hidden, 0, encoder.hidden * 4);
-        longest = std::max(longest, static_cast<long>(places[b].size()));
-        all += static_cast<long>(places[b].size());
+        if (batch.mask) {
+            const uint8_t* mask = batch.mask + b * batch.tokens;
+            if (!mask[0]) return kHiddenStart;
+            lengths[b] = std::count_if(mask, mask + batch.tokens, [](uint8_t real) { return real != 0; });
+        }
+        longest = std::max(longest, lengths[b]);
+        all += lengths[b];
     }
     threads = static_cast<int>(std::max<long>(1, std::min<long>(threads, all)));
     const long most = std::max(longest, kWaveRows * threads);
@@ -284,17 +321,14 @@ void forward(const Encoder& encoder, const Batch& batch, int threads) {
     make_room(encoder, *lease.scratch, std::min(most, all), longest, threads);
     for (long b = 0; b < batch.sentences;) {
         std::vector<std::atomic<long>> tickets(encoder.layers.size());
-        Wave wave{encoder, batch, kernels(), *lease.scratch, {}, {}, tickets};
-        for (; b < batch.sentences; ++b) {
-            const long rows = wave.rows(), tokens = static_cast<long>(places[b].size());
-            if (rows && rows + tokens > most) break;
-            if (tokens) wave.sentences.push_back({rows, tokens});
-            wave.places.insert(wave.places.end(), places[b].begin(), places[b].end());
-        }
+        Wave wave{encoder, batch, kernels(), *lease.scratch, {}, {}, {}, tickets};
+        for (; b < batch.sentences && (wave.rows() == 0 || wave.rows() + lengths[b] <= most); ++b)
+            if (!add_sentence(encoder, batch, b, wave)) return kOutOfTable;
         run_team(threads, [](void* context, int thread, Team& team) {
             Worker(*static_cast<Wave*>(context), thread, team).work();
         }, &wave);
     }
+    return kDone;
 }
 
 }  // namespace qbert

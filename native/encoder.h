@@ -7,7 +7,11 @@
 
 namespace qbert {
 
+// Places where numbers become codes.
+enum Place { kInput, kQuery, kKey, kValue, kProbability, kContext, kHidden, kFeature, kPlaces };
+
 struct Layer {
+    Activation places[kPlaces];
     std::unique_ptr<Weight> query_key_value, output, up, down;
     LayerNorm after_attention, after_feed_forward;
 };
@@ -19,15 +23,15 @@ struct Embedding {
     const float* scale = nullptr;    // (1 or V, G)
     const float *types = nullptr, *positions = nullptr;
     long scale_rows = 1, groups = 1, group_columns = 0;
+    long rows = 0, type_rows = 0, position_rows = 0;
     LayerNorm norm;
 };
 
-enum Feature { kGelu = 0, kRelu = 1 };
+enum Function { kGelu = 0, kRelu = 1 };
 
 struct Encoder {
     long hidden = 0, heads = 0, head_size = 0, intermediate = 0;
-    Feature feature = kGelu;
-    Activation activation;
+    Function function = kGelu;
     float scaling = 1;
     std::vector<Layer> layers;
     std::unique_ptr<Embedding> embedding;
@@ -38,10 +42,14 @@ struct Batch {
     long sentences, tokens;
     const uint8_t* mask;    // (B, T) or null: every token is real
     const float* embedded;  // (B, T, C), or null and the three below
-    const int64_t *words, *types, *positions;  // (B, T) each
+    const int64_t *words, *types, *positions;  // (B, T) each; types null: 0; positions null: counted
+    int64_t padding;  // -1: positions count tokens from 0; otherwise those unlike it from padding + 1, which it has itself
     float* output;                             // (B, T, C)
 };
 
-void forward(const Encoder&, const Batch&, int threads);
+enum Status { kDone = 0, kNoMemory = -1, kOutOfTable = -2, kHiddenStart = -3 };
+
+// kOutOfTable: an id, type or position has no row. kHiddenStart: a sentence's first token, which heads read, is masked.
+Status forward(const Encoder&, const Batch&, int threads);
 
 }  // namespace qbert

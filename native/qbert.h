@@ -77,10 +77,15 @@ struct Range {
     float low, high;
 };
 
-// How activations become codes: quantizers.ActivationQuantizer.
+enum Kind { kAsymmetric = 0, kSymmetric = 1, kStep = 2 };
+
+// How the numbers of one place become codes: quantizers.ActivationQuantizer, PactQuantizer and LsqQuantizer.
 struct Activation {
     int bits = 8;
-    int symmetric = 0;
+    int kind = kAsymmetric;
+    float clip_low = -__builtin_inff(), clip_high = __builtin_inff();  // numbers are held between them first
+    float step = 1, floor = 0;  // of kStep: code = (x - floor) / step, held in [least, most], then less `less`
+    int least = -128, most = 127, less = 0;
 };
 
 // Quantized rows: codes (N, depth) int8, the pad 0; scale and offset (N), sums of codes (N, G).
@@ -108,7 +113,7 @@ struct Head {
     long context_stride;
     long tokens, size;
     float scaling;
-    Activation activation;
+    const Activation *of_query, *of_key, *of_value, *of_probability;
     uint8_t* scratch;  // attention_scratch(tokens, size) bytes, aligned
 };
 
@@ -119,7 +124,7 @@ struct Kernels {
                  int32_t* out);
     // y (N, stride) = bias + the sum over terms of offset * sums + products * (scale * scale), of vectors [first, last).
     void (*linear)(const Weight&, const Codes& x, long rows, long first, long last, float* y, long stride);
-    void (*quantize)(const float* x, long n, Range range, Activation, long group_columns, const Codes& out, long row);
+    void (*quantize)(const float* x, long n, Range range, const Activation&, long group_columns, const Codes& out, long row);
     Range (*range)(const float* x, long n);
     Range (*gelu)(float* x, long n);
     Range (*relu)(float* x, long n);

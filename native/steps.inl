@@ -50,39 +50,61 @@ QB_TARGET static Range range_row(const float* x, long n) {
     return collect(low, high, range);
 }
 
-// Scale, offset and the line x * inverse + shift whose nearest whole number is the code.
+// How a row becomes codes: the nearest whole number to x * inverse + shift, x held in [low, high]; or by a fixed step.
 struct Line {
-    float scale, offset, inverse, shift;
+    float scale, offset, inverse, shift, low, high;
+    bool holds;
+    const Activation* step;  // null: by the line
 };
 
-QB_INLINE Line line_of(Range range, Activation activation) {
-    Line line;
-    if (activation.symmetric) {
+QB_INLINE Line line_of(Range range, const Activation& activation) {
+    Line line{};
+    if (activation.kind == kStep) {
+        line.scale = activation.step;
+        line.offset = activation.less ? activation.step * static_cast<float>(activation.less) + activation.floor
+                                      : activation.floor;
+        line.step = &activation;
+        return line;
+    }
+    line.low = range.low > activation.clip_low ? range.low : activation.clip_low;
+    line.low = line.low < activation.clip_high ? line.low : activation.clip_high;
+    line.high = range.high > activation.clip_low ? range.high : activation.clip_low;
+    line.high = line.high < activation.clip_high ? line.high : activation.clip_high;
+    line.holds = line.low != range.low || line.high != range.high;
+    if (activation.kind == kSymmetric) {
         const float levels = static_cast<float>((1 << (activation.bits - 1)) - 1);
-        float high = -range.low > range.high ? -range.low : range.high;
+        float high = -line.low > line.high ? -line.low : line.high;
         if (!(high > kTiny)) high = kTiny;
         line.scale = high / levels;
-        line.offset = 0;
         line.inverse = (1 / high) * levels;
-        line.shift = 0;
     } else {
         const float levels = static_cast<float>((1 << activation.bits) - 1);
         const float least = -static_cast<float>(1 << (activation.bits - 1));
-        float width = range.high - range.low;
+        float width = line.high - line.low;
         if (!(width > kTiny)) width = kTiny;
         line.scale = width / levels;
-        line.offset = range.low - line.scale * least;
+        line.offset = line.low - line.scale * least;
         line.inverse = (1 / width) * levels;
-        line.shift = least - range.low * line.inverse;
+        line.shift = least - line.low * line.inverse;
     }
     return line;
 }
 
-QB_INLINE int32_t code_of(float x, const Line& line) {
-    const float rounded = (x * line.inverse + line.shift) + kMagic;
-    int32_t bits;
-    __builtin_memcpy(&bits, &rounded, 4);
-    return static_cast<int8_t>(bits);
+template <typename T>
+QB_INLINE T held(T x, T low, T high) {
+    x = x > low ? x : low;
+    return x < high ? x : high;
+}
+
+// x as the code to be rounded.
+template <bool HOLDS, typename T>
+QB_INLINE T on_line(T x, T inverse, T shift, T low, T high) {
+    return (HOLDS ? held(x, low, high) : x) * inverse + shift;
+}
+
+template <typename T>
+QB_INLINE T on_steps(T x, T step, T floor, T least, T most) {
+    return held((x - floor) / step, least, most);
 }
 
 QB_INLINE int32_t total16(i16 v) {
@@ -91,26 +113,43 @@ QB_INLINE int32_t total16(i16 v) {
     return sum;
 }
 
-QB_INLINE int32_t codes_row(const float* x, long n, const Line& line, int8_t* codes) {
-    const f16 inverse = splat(line.inverse), shift = splat(line.shift), magic = splat(kMagic);
+template <bool STEPS, bool HOLDS>
+QB_INLINE int32_t codes_of(const float* x, long n, const Line& line, int8_t* codes) {
+    const Activation activation = STEPS ? *line.step : Activation{};
+    const float least = static_cast<float>(activation.least), most = static_cast<float>(activation.most);
+    const int32_t base = kMagicBits + (STEPS ? activation.less : 0);
     i16 sum = {};
     long i = 0;
     for (; i + 16 <= n; i += 16) {
-        const i16 code = (i16)((load16(x + i) * inverse + shift) + magic) - kMagicBits;
+        const f16 v = load16(x + i);
+        const f16 place = STEPS ? on_steps(v, splat(activation.step), splat(activation.floor), splat(least), splat(most))
+                                : on_line<HOLDS>(v, splat(line.inverse), splat(line.shift), splat(line.low),
+                                                 splat(line.high));
+        const i16 code = (i16)(place + splat(kMagic)) - base;
         sum += code;
         *reinterpret_cast<c16*>(codes + i) = __builtin_convertvector(code, c16);
     }
     int32_t total = total16(sum);
     for (; i < n; ++i) {
-        const int32_t code = code_of(x[i], line);
-        codes[i] = static_cast<int8_t>(code);
-        total += code;
+        const float place = STEPS ? on_steps(x[i], activation.step, activation.floor, least, most)
+                                  : on_line<HOLDS>(x[i], line.inverse, line.shift, line.low, line.high);
+        const float rounded = place + kMagic;
+        int32_t bits;
+        __builtin_memcpy(&bits, &rounded, 4);
+        codes[i] = static_cast<int8_t>(bits - base);
+        total += codes[i];
     }
     return total;
 }
 
-QB_TARGET static void quantize_row(const float* x, long n, Range range, Activation activation, long group_columns,
-                                   const Codes& out, long row) {
+// Codes of n numbers; returns their sum.
+QB_INLINE int32_t codes_row(const float* x, long n, const Line& line, int8_t* codes) {
+    if (line.step) return codes_of<true, false>(x, n, line, codes);
+    return line.holds ? codes_of<false, true>(x, n, line, codes) : codes_of<false, false>(x, n, line, codes);
+}
+
+QB_TARGET static void quantize_row(const float* x, long n, Range range, const Activation& activation,
+                                   long group_columns, const Codes& out, long row) {
     const Line line = line_of(range, activation);
     int8_t* codes = out.codes + row * out.depth;
     out.scale[row] = line.scale;
@@ -268,13 +307,16 @@ QB_INLINE d8 exp8(d8 x) {
     return (d8)((l8)(p * root8(n & 15)) + ((n >> 4) << 52));
 }
 
-// Codes of the probabilities of one query from its scores (n of them, space for a multiple of 16): softmax_codes.
+// Codes of the probabilities of one query from its scores (n of them, space for a multiple of 16), whose largest is
+// `high`: softmax_codes, or learned_softmax_codes with a fixed step.
 struct Probabilities {
     float scale, sum;  // of a code; of the codes, times that scale
 };
 
-QB_TARGET static Probabilities softmax_row(float* scores, long n, float high, int bits, uint8_t* codes) {
-    const float levels = static_cast<float>((1 << bits) - 1);
+QB_TARGET static Probabilities softmax_row(float* scores, long n, float high, const Activation& activation,
+                                           uint8_t* codes) {
+    const bool steps = activation.kind == kStep;
+    const float levels = static_cast<float>((1 << activation.bits) - 1);
     const long padded = round_up(n, 8);
     for (long i = n; i < padded; ++i) scores[i] = -__builtin_inff();
     d8 sum = {};
@@ -283,12 +325,24 @@ QB_TARGET static Probabilities softmax_row(float* scores, long n, float high, in
         const f8 shifted = *reinterpret_cast<const f8*>(scores + i) - high;
         const f8 e = __builtin_convertvector(exp8(__builtin_convertvector(shifted, d8)), f8);
         sum += __builtin_convertvector(e, d8);
+        if (steps) {
+            *reinterpret_cast<f8*>(scores + i) = e;
+            continue;
+        }
         const i8x code = (i8x)(e * levels + kMagic) - kMagicBits;
+        code_sum += code;
+        *reinterpret_cast<u8x*>(codes + i) = __builtin_convertvector(code, u8x);
+    }
+    const float total = static_cast<float>(total8(sum));
+    const f8 zero = {}, most = zero + static_cast<float>(activation.most);
+    for (long i = 0; steps && i < padded; i += 8) {
+        const f8 probability = *reinterpret_cast<const f8*>(scores + i) / total;
+        const i8x code = (i8x)(held((probability - activation.floor) / activation.step, zero, most) + kMagic) - kMagicBits;
         code_sum += code;
         *reinterpret_cast<u8x*>(codes + i) = __builtin_convertvector(code, u8x);
     }
     int32_t whole = 0;
     for (int lane = 0; lane < 8; ++lane) whole += code_sum[lane];
-    const float scale = 1 / (levels * static_cast<float>(total8(sum)));
+    const float scale = steps ? activation.step : 1 / (levels * total);
     return {scale, static_cast<float>(whole) * scale};
 }
