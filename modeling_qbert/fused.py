@@ -123,7 +123,9 @@ def _answer(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     ids, embedded, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
     config = model.config
     asked = any(given.get(f"output_{name}", getattr(config, f"output_{name}", False)) for name in _RECORDED)
-    plain = given.keys() <= _TAKEN and all(given.get(name) is None for name in _UNUSED) and len(args) <= len(_ARGUMENTS)
+    plain = (
+        given.keys() <= _TAKEN and all(given.get(name) is None for name in _UNUSED) and len(args) <= len(_ARGUMENTS)
+    )
     if asked or not plain or (ids is None) == (embedded is None) or config._attn_implementation != "qbert":
         return None
     tensor = ids if embedded is None else embedded
@@ -155,11 +157,11 @@ def _last_hidden_state(
     mask = None if mask is None else mask.bool().contiguous()
     types, positions = given.get("token_type_ids"), given.get("position_ids")
     if engine.encoder.tables is not None and ids is not None and ids.dtype in (torch.int64, torch.int32):
-        tables = [None if part is None else part.expand_as(ids).long().contiguous() for part in (ids, types, positions)]
+        tables = [
+            None if part is None else part.expand_as(ids).long().contiguous() for part in (ids, types, positions)
+        ]
         return engine.encoder(mask, None, *tables)
-    embedded = model.embeddings(
-        input_ids=ids, token_type_ids=types, position_ids=positions, inputs_embeds=embedded
-    )
+    embedded = model.embeddings(input_ids=ids, token_type_ids=types, position_ids=positions, inputs_embeds=embedded)
     if hasattr(model, "embeddings_project"):
         embedded = model.embeddings_project(embedded)
     return engine.encoder(mask, embedded.contiguous()) if embedded.dtype == torch.float32 else None

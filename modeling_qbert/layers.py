@@ -265,8 +265,7 @@ def _quantize_input(x: Tensor, quantizer: InputQuantizer, token_mask: Tensor | N
 
 
 class FixedLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm whose answers in eval mode are those of `ops.layer_norm`; training uses torch's faster kernel, which
-    rounds otherwise from one CPU to the next."""
+    """nn.LayerNorm whose answers in eval mode are those of `ops.layer_norm`; training uses torch's faster kernel."""
 
     def __init__(self, norm: nn.LayerNorm):
         super().__init__(norm.normalized_shape, eps=norm.eps, device="meta")

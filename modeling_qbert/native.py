@@ -1,7 +1,8 @@
 """The native CPU engine (`native/` of the repository) through ctypes; the only Python that knows its C interface.
 
-Importing this module raises `ImportError` where the engine was not built or does not fit; `ops.py` then stays in torch.
-`QBERT_CPU` (`scalar`, `avx2`, `avx512`) caps the instructions used; every path gives the same bits.
+Importing this module raises `ImportError` where the engine was not built or does not fit; `ops.py` then stays in
+torch. `QBERT_CPU` (`scalar`, `avx2`, `avx512`) caps the instructions used, `off` does without the engine; every path
+gives the same bits.
 
 Shapes: N rows, O out rows, I in columns, P planes, G groups, B batch, T tokens, C hidden, D head dim.
 """
@@ -241,8 +242,10 @@ class LayerWeights(NamedTuple):
 
 
 class EmbeddingTables(NamedTuple):
-    """Packed word embedding uint8 (V, bytes), scale (1 or V, G), float types and positions, LayerNorm; `padding` is the
-    id that positions do not count, -1 if they count every token from 0."""
+    """Packed word embedding uint8 (V, bytes), scale (1 or V, G), float types and positions, LayerNorm.
+
+    `padding` is the id that positions do not count, -1 if they count every token from 0.
+    """
 
     words: Tensor
     layout: str
@@ -287,9 +290,7 @@ class NativeEncoder:
                 if (weight.rows, weight.columns) != shape:
                     found = [weight.rows, weight.columns]
                     raise ValueError(f"layer {index}: {name} must be {list(shape)}, found {found}")
-            norms = [
-                _address(part, torch.float32, (hidden,)) for part in (*layer.attention_norm, *layer.output_norm)
-            ]
+            norms = [_address(part, torch.float32, (hidden,)) for part in (*layer.attention_norm, *layer.output_norm)]
             handles = [weight.release() for weight in weights]
             places = _places(layer.places)
             _check(_library.qb_encoder_layer(self.handle, index, places, *handles, *norms, epsilon))

@@ -64,8 +64,8 @@ def linear_codes(
 ) -> Tensor:
     """Linear layer of an activation (N, I) and a weight (P * O, I), both int8 codes -> float32 (N, O).
 
-    y = bias + the sum over scale groups, and within a group over planes, of x offset * `scaled_code_sums` + code products
-    * x scale * weight scale. `sums` are the weight's `scaled_code_sums`, if they are known already.
+    y = bias + the sum over scale groups, and within a group over planes, of x offset * `scaled_code_sums` + code
+    products * x scale * weight scale. `sums` are the weight's `scaled_code_sums`, if they are known already.
     """
     if x.offset is not None and sums is None:
         sums = scaled_code_sums(weight, bound, group_size)
@@ -73,10 +73,12 @@ def linear_codes(
     groups = weight.scale.shape[1]
     for group, scale in enumerate(weight.scale.unbind(1)):
         columns = slice(group * group_size, (group + 1) * group_size)
-        codes = [x.codes, weight.codes] if groups == 1 else [c[:, columns].contiguous() for c in (x.codes, weight.codes)]
+        codes = (x.codes, weight.codes)
+        if groups > 1:
+            codes = [part[:, columns].contiguous() for part in codes]
         products = matmul_codes(*codes, bound).chunk(planes, 1)
         parts = (None,) * planes if sums is None else sums[group : group + 1].chunk(planes, 1)
-        scales = (scale.view(1, -1),) * planes if scale.numel() == 1 else scale.view(1, -1).chunk(planes, 1)
+        scales = scale.view(1, -1).chunk(planes, 1)
         for product, plane, part in zip(products, scales, parts):
             y = _add_products(y, product, x, plane, part)
     return y
@@ -252,9 +254,7 @@ def gelu(x: Tensor) -> Tensor:
     dtype, x = x.dtype, x.float()
     limited = x.clamp(-GELU_LIMIT, GELU_LIMIT)
     square = limited * limited
-    numerator, denominator = (
-        _polynomial(square, coefficients) for coefficients in (GELU_NUMERATOR, GELU_DENOMINATOR)
-    )
+    numerator, denominator = (_polynomial(square, coefficients) for coefficients in (GELU_NUMERATOR, GELU_DENOMINATOR))
     return (x * (limited * numerator / denominator + 0.5)).to(dtype)
 
 

@@ -74,6 +74,7 @@ QB_TARGET __attribute__((noinline)) void product(const Block& b, const Target& t
     multiply<BITS, MR, NV>(b, sums);
     QB_UNROLL for (int r = 0; r < MR; ++r) {
         const __m512i correction = _mm512_set1_epi32(t.zero * t.row_sums[r * t.groups]);
+        if (BITS == 1) QB_UNROLL for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_add_epi32(sums[r][v], sums[r][v]);
         if (t.sums) {
             QB_UNROLL for (int v = 0; v < NV; ++v)
                 _mm512_storeu_si512(t.sums + r * t.stride + v * 16, _mm512_sub_epi32(sums[r][v], correction));

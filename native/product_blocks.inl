@@ -37,6 +37,8 @@ QB_INLINE void term(const Weight& w, long plane, long group, const Codes& x, lon
             block<BITS, false>(codes + vector * w.vector_bytes(),
                                reinterpret_cast<const uint8_t*>(x.codes) + row * w.depth + begin, w.depth,
                                (end - begin + piece - 1) / piece, count, sums);
+            if (BITS == 1)
+                for (int i = 0; i < count * kLanes; ++i) sums[i] *= 2;
             const long output = vector * kLanes;
             for (int r = 0; r < count; ++r) {
                 if (out) {

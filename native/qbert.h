@@ -54,7 +54,7 @@ class Buffer {
 // Layouts of a checkpoint, as packing.py draws them.
 enum Layout { kTwoBit = 0, kDense = 1, kInt8 = 2, kOneBit = 3 };
 
-// One weight in the kernels' layout. Stored codes are unsigned: code + zero.
+// One weight in the kernels' layout. Stored codes are unsigned: code + zero, of 1 bit half of that.
 struct Weight {
     int bits = 2;     // 8, 2 or 1 (code 1 for +1, 0 for -1)
     int zero = 1;     // 128, 1 or 1
