@@ -179,7 +179,7 @@ def _engine(model: nn.Module) -> _Engine | None:
     return None if engine.encoder is None or engine.is_watched() else engine
 
 
-def _native_encoder(model: nn.Module) -> NativeEncoder:
+def _native_encoder(model: nn.Module) -> "NativeEncoder":
     if NativeEncoder is None:
         raise _NotFusedError(f"native engine {WHY_NOT_NATIVE}")
     config = model.config
@@ -214,7 +214,7 @@ def _norm(module: nn.Module) -> tuple[Tensor, Tensor]:
     return module.weight.detach(), module.bias.detach()
 
 
-def _layer_weights(layer: nn.Module) -> LayerWeights:
+def _layer_weights(layer: nn.Module) -> "LayerWeights":
     attention = layer.attention.self
     if layer.is_decoder or layer.chunk_size_feed_forward:
         raise _NotFusedError("the engine has no decoder and no chunks")
@@ -247,7 +247,7 @@ def _place(quantizer: Any) -> Any:
     return place_of(quantizer)
 
 
-def _weight(layers: list[nn.Module]) -> NativeWeight:
+def _weight(layers: list[nn.Module]) -> "NativeWeight":
     """The rows of layers that read one input, as one weight."""
     layers = [_expect(layer, PackedLinear) for layer in layers]
     spec, packing, columns = layers[0].spec, layers[0].packing, layers[0].columns
@@ -269,7 +269,7 @@ def _weight(layers: list[nn.Module]) -> NativeWeight:
     )
 
 
-def _embedding_tables(model: nn.Module) -> EmbeddingTables | None:
+def _embedding_tables(model: nn.Module) -> "EmbeddingTables | None":
     """What the engine looks tokens up in; None where the torch modules do it."""
     embeddings = model.embeddings
     words, tables = embeddings.word_embeddings, (embeddings.token_type_embeddings, embeddings.position_embeddings)

@@ -73,6 +73,16 @@ def _load() -> ctypes.CDLL:
 _library = _load()
 
 
+def _after_fork() -> None:
+    """The engine starts threads of its own in a forked child, but torch's OpenMP threads are gone for good: with more
+    than one of them the next large or transcendental operator of torch would wait for ever."""
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def level() -> str:
     """The instructions in use, one of `LEVELS`."""
     return LEVELS[_library.qb_level()]

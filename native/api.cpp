@@ -57,21 +57,32 @@ using namespace qbert;
 
 namespace {
 
-struct Rows {  // codes of activations with what `linear` needs beside them
-    Buffer<int8_t> codes;
-    Buffer<int32_t> sums;
-};
-
-// Copies codes (N, I) to rows of the weight's depth and sums them per group.
-void lay_out_rows(const Weight& w, const int8_t* x, long rows, Rows& out) {
-    out.codes.reset(rows * w.depth);
-    out.sums.reset(rows * w.groups);
-    for (long row = 0; row < rows; ++row) {
-        std::memcpy(out.codes.get() + row * w.depth, x + row * w.columns, w.columns);
-        for (long c = 0; c < w.columns; ++c)
-            out.sums[row * w.groups + (w.groups == 1 ? 0 : c / w.group_columns)] += x[row * w.columns + c];
+// Codes of activations as a product takes them.
+class Rows {
+ public:
+    // Copies codes (N, I) to rows of the weight's depth, sums them per group and finds their bounds.
+    Rows(const Weight& w, const int8_t* x, long rows) : codes_(rows * w.depth), sums_(rows * w.groups) {
+        for (long row = 0; row < rows; ++row) {
+            std::memcpy(codes_.get() + row * w.depth, x + row * w.columns, w.columns);
+            for (long c = 0; c < w.columns; ++c) {
+                const int code = x[row * w.columns + c];
+                sums_[row * w.groups + (w.groups == 1 ? 0 : c / w.group_columns)] += code;
+                least_ = std::min(least_, code), most_ = std::max(most_, code);
+            }
+        }
     }
-}
+
+    // With room of its own for the operand.
+    Codes codes(const Weight& w, float* scale, float* offset, Buffer<uint8_t>& operand) const {
+        operand.reset(kernels().operand(w, least_, most_));
+        return {codes_.get(), scale, offset, sums_.get(), w.depth, w.groups, least_, most_, operand.get()};
+    }
+
+ private:
+    Buffer<int8_t> codes_;
+    Buffer<int32_t> sums_;
+    int least_ = 0, most_ = 0;
+};
 
 void set_norm(LayerNorm& norm, const float* weight, const float* bias, float epsilon, long columns) {
     norm.weight.reset(columns), norm.bias.reset(columns);
@@ -94,8 +105,7 @@ Activation activation_of(const double* numbers) {
 
 struct Job {
     const Weight* weight;
-    const Codes* codes;
-    const float* scale;
+    const Codes* codes;  // one per thread
     float* y;
     long rows;
 };
@@ -126,10 +136,10 @@ void qb_weight_free(void* weight) { delete static_cast<Weight*>(weight); }
 // out (N, O) int32: sums of the codes x (N, I) of one plane and group.
 int qb_sums(const void* weight, int64_t plane, int64_t group, const int8_t* x, int64_t rows, int32_t* out) try {
     const Weight& w = *static_cast<const Weight*>(weight);
-    Rows laid;
-    lay_out_rows(w, x, rows, laid);
+    const Rows laid(w, x, rows);
+    Buffer<uint8_t> operand;
     Buffer<int32_t> sums(rows * w.padded_rows());
-    kernels().sums(w, plane, group, laid.codes.get(), laid.sums.get(), rows, sums.get());
+    kernels().sums(w, plane, group, laid.codes(w, nullptr, nullptr, operand), rows, sums.get());
     for (long row = 0; row < rows; ++row)
         std::memcpy(out + row * w.rows, sums.get() + row * w.padded_rows(), w.rows * 4);
     return kDone;
@@ -141,15 +151,17 @@ int qb_sums(const void* weight, int64_t plane, int64_t group, const int8_t* x, i
 int qb_linear(const void* weight, const int8_t* x, float* scale, float* offset, int64_t rows, float* y,
               int threads) try {
     const Weight& w = *static_cast<const Weight*>(weight);
-    Rows laid;
-    lay_out_rows(w, x, rows, laid);
+    const Rows laid(w, x, rows);
     Buffer<float> wide(rows * w.padded_rows());
-    const Codes codes{laid.codes.get(), scale, offset, laid.sums.get(), w.depth, w.groups};
-    Job job{&w, &codes, scale, wide.get(), rows};
+    threads = std::max(threads, 1);
+    std::vector<Buffer<uint8_t>> operands(threads);
+    std::vector<Codes> codes;
+    for (auto& operand : operands) codes.push_back(laid.codes(w, scale, offset, operand));
+    Job job{&w, codes.data(), wide.get(), rows};
     run_team(threads, [](void* context, int thread, Team& team) {
         const Job& j = *static_cast<Job*>(context);
         const long vectors = j.weight->vectors;
-        kernels().linear(*j.weight, *j.codes, j.rows, vectors * thread / team.size(),
+        kernels().linear(*j.weight, j.codes[thread], j.rows, vectors * thread / team.size(),
                          vectors * (thread + 1) / team.size(), j.y, j.weight->padded_rows());
     }, &job);
     for (long row = 0; row < rows; ++row) std::memcpy(y + row * w.rows, wide.get() + row * w.padded_rows(), w.rows * 4);
@@ -162,7 +174,7 @@ int qb_linear(const void* weight, const int8_t* x, float* scale, float* offset, 
 int qb_quantize(const float* x, int64_t rows, int64_t columns, const double* place, int8_t* codes, float* scale,
                 float* offset) try {
     Buffer<int32_t> sums(rows);
-    const Codes out{codes, scale, offset, sums.get(), columns, 1};
+    const Codes out{codes, scale, offset, sums.get(), columns, 1, 0, 0, nullptr};
     const Activation activation = activation_of(place);
     for (long row = 0; row < rows; ++row)
         kernels().quantize(x + row * columns, columns, kernels().range(x + row * columns, columns), activation, columns,

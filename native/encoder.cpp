@@ -23,8 +23,9 @@ struct ThreadScratch {
     Buffer<int32_t> sums;
     Buffer<uint8_t> attention;
     Buffer<int8_t> word;      // codes of one embedding row
+    Buffer<uint8_t> operand;  // of a product
 
-    size_t bytes() const { return wide.count() * 4 + codes.count() + sums.count() * 4 + attention.count(); }
+    size_t bytes() const { return wide.count() * 4 + codes.count() + sums.count() * 4 + attention.count() + operand.count(); }
 };
 
 struct Scratch {
@@ -84,12 +85,9 @@ struct Wave {
 
 Codes at_row(const Codes& codes, long row) {
     return {codes.codes + row * codes.depth, codes.scale + row,  codes.offset + row,
-            codes.sums + row * codes.groups, codes.depth,        codes.groups};
+            codes.sums + row * codes.groups, codes.depth,        codes.groups, codes.least, codes.most, codes.operand};
 }
 
-Codes codes_for(const Weight& w, int8_t* codes, float* scale, float* offset, int32_t* sums) {
-    return {codes, scale, offset, sums, w.depth, w.groups};
-}
 
 long block_rows(const Encoder& encoder) {
     return !encoder.layers.empty() && encoder.layers[0].up->bits == 8 ? kBlockRowsOfBytes : kBlockRows;
@@ -128,12 +126,20 @@ class Worker {
 
     float* x(long row) { return scratch_.x.get() + row * encoder_.hidden; }
 
-    Codes input_codes(const Weight& w) {
-        return codes_for(w, scratch_.codes.get(), scratch_.scale.get(), scratch_.offset.get(), scratch_.sums.get());
+    // Codes of the whole wave for the first product of a layer.
+    Codes input_codes(const Layer& layer) {
+        const Weight& w = *layer.query_key_value;
+        const Activation& place = layer.places[kInput];
+        return {scratch_.codes.get(),  scratch_.scale.get(), scratch_.offset.get(),
+                scratch_.sums.get(),   w.depth,              w.groups,
+                place.lowest_code(),   place.highest_code(), own_.operand.get()};
     }
 
-    Codes block_codes(const Weight& w) {
-        return codes_for(w, own_.codes.get(), own_.scale.get(), own_.offset.get(), own_.sums.get());
+    // Codes of one block for any other.
+    Codes block_codes(const Weight& w, const Activation& place) {
+        return {own_.codes.get(),    own_.scale.get(),     own_.offset.get(),
+                own_.sums.get(),     w.depth,              w.groups,
+                place.lowest_code(), place.highest_code(), own_.operand.get()};
     }
 
     void quantize(const Weight& w, const Activation& place, const float* values, Range range, const Codes& codes,
@@ -165,13 +171,13 @@ class Worker {
         }
         if (!encoder_.layers.empty()) {
             const Weight& w = *encoder_.layers[0].query_key_value;
-            quantize(w, encoder_.layers[0].places[kInput], x(row), range, input_codes(w), row);
+            quantize(w, encoder_.layers[0].places[kInput], x(row), range, input_codes(encoder_.layers[0]), row);
         }
     }
 
     void query_key_value(const Layer& layer, long row, long rows) {
         const Weight& w = *layer.query_key_value;
-        run_.linear(w, at_row(input_codes(w), row), rows, 0, w.vectors,
+        run_.linear(w, at_row(input_codes(layer), row), rows, 0, w.vectors,
                     scratch_.query_key_value.get() + row * w.padded_rows(), w.padded_rows());
     }
 
@@ -195,20 +201,20 @@ class Worker {
     void rest(const Layer& layer, const Layer* next, long row, long rows) {
         const long hidden = encoder_.hidden, all = encoder_.heads * encoder_.head_size;
         float* const wide = own_.wide.get();
-        Codes codes = block_codes(*layer.output);
+        Codes codes = block_codes(*layer.output, layer.places[kContext]);
         for (long r = 0; r < rows; ++r) {
             const float* context = scratch_.context.get() + (row + r) * all;
             quantize(*layer.output, layer.places[kContext], context, run_.range(context, all), codes, r);
         }
         linear(*layer.output, codes, rows);
-        codes = block_codes(*layer.up);
+        codes = block_codes(*layer.up, layer.places[kHidden]);
         for (long r = 0; r < rows; ++r) {
             const float* y = wide + r * layer.output->padded_rows();
             const Range range = run_.layer_norm(layer.after_attention, y, x(row + r), hidden);
             quantize(*layer.up, layer.places[kHidden], x(row + r), range, codes, r);
         }
         linear(*layer.up, codes, rows);
-        codes = block_codes(*layer.down);
+        codes = block_codes(*layer.down, layer.places[kFeature]);
         for (long r = 0; r < rows; ++r) {
             float* y = wide + r * layer.up->padded_rows();
             const Range range = encoder_.function == kGelu ? run_.gelu(y, encoder_.intermediate)
@@ -221,7 +227,7 @@ class Worker {
             const Range range = run_.layer_norm(layer.after_feed_forward, y, x(row + r), hidden);
             if (!next) continue;
             const Weight& w = *next->query_key_value;
-            quantize(w, next->places[kInput], x(row + r), range, input_codes(w), row + r);
+            quantize(w, next->places[kInput], x(row + r), range, input_codes(*next), row + r);
         }
     }
 
@@ -239,8 +245,16 @@ class Worker {
 };
 
 void make_room(const Encoder& encoder, Scratch& s, long rows, long longest, int threads) {
-    long wide = encoder.hidden, depth = 0, groups = 1, query_key_value = 0;
+    long wide = encoder.hidden, depth = 0, groups = 1, query_key_value = 0, operand = 0;
     for (const Layer& layer : encoder.layers) {
+        const std::pair<const Weight*, Place> products[] = {{layer.query_key_value.get(), kInput},
+                                                            {layer.output.get(), kContext},
+                                                            {layer.up.get(), kHidden},
+                                                            {layer.down.get(), kFeature}};
+        for (const auto& [w, place] : products) {
+            const Activation& codes = layer.places[place];
+            operand = std::max(operand, kernels().operand(*w, codes.lowest_code(), codes.highest_code()));
+        }
         for (const Weight* w : {layer.query_key_value.get(), layer.output.get(), layer.up.get(), layer.down.get()}) {
             depth = std::max(depth, w->depth);
             groups = std::max(groups, w->groups);
@@ -268,6 +282,7 @@ void make_room(const Encoder& encoder, Scratch& s, long rows, long longest, int 
         t.sums.grow(block * groups);
         t.attention.grow(attention_scratch(longest, encoder.head_size));
         t.word.grow(encoder.hidden);
+        t.operand.grow(operand);
     }
 }
 

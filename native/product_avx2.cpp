@@ -80,7 +80,7 @@ QB_INLINE void multiply(const uint8_t* codes, const uint8_t* x, long depth, long
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {sums_blocks, linear_blocks, quantize_row,   range_row,     gelu_row,
+const Kernels kAvx2Kernels = {operand_blocks, sums_blocks, linear_blocks, quantize_row,   range_row,     gelu_row,
                               relu_row,    layer_norm_row, attention_head};
 
 }  // namespace qbert

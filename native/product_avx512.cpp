@@ -66,15 +66,13 @@ struct Target {
     const int32_t* row_sums;                         // sums of the codes of x, `groups` apart
     long groups;
     int zero;
+    bool is_signed;  // of codes of 1 or 2 bits
 };
 
-template <int BITS, int MR, int NV>
-QB_TARGET __attribute__((noinline)) void product(const Block& b, const Target& t) {
-    __m512i sums[MR][NV];
-    multiply<BITS, MR, NV>(b, sums);
+template <int MR, int NV>
+QB_INLINE void store_sums(const Target& t, __m512i (&sums)[MR][NV]) {
     QB_UNROLL for (int r = 0; r < MR; ++r) {
         const __m512i correction = _mm512_set1_epi32(t.zero * t.row_sums[r * t.groups]);
-        if (BITS == 1) QB_UNROLL for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_add_epi32(sums[r][v], sums[r][v]);
         if (t.sums) {
             QB_UNROLL for (int v = 0; v < NV; ++v)
                 _mm512_storeu_si512(t.sums + r * t.stride + v * 16, _mm512_sub_epi32(sums[r][v], correction));
@@ -92,6 +90,13 @@ QB_TARGET __attribute__((noinline)) void product(const Block& b, const Target& t
     }
 }
 
+template <int BITS, int MR, int NV>
+QB_TARGET __attribute__((noinline)) void product(const Block& b, const Target& t) {
+    __m512i sums[MR][NV];
+    multiply<BITS, MR, NV>(b, sums);
+    store_sums<MR, NV>(t, sums);
+}
+
 using Product = void (*)(const Block&, const Target&);
 
 // [rows - 1][vectors - 1]. 4 x 4 sums stay in registers with what they are made of; larger blocks measured slower.
@@ -105,15 +110,73 @@ constexpr Product kTable[4][6] = {
     {product<BITS, 4, 1>, product<BITS, 4, 2>, product<BITS, 4, 3>, product<BITS, 4, 4>, nullptr, nullptr},
 };
 
-QB_TARGET void term(const Weight& w, long plane, long group, const int8_t* x, long rows, long first, long last,
-                    Target t) {
-    const Product(&table)[4][6] = w.bits == 8 ? kTable<8> : w.bits == 2 ? kTable<2> : kTable<1>;
+#include "tables_avx512.inl"
+
+#include "popcount_avx512.inl"
+
+// How a weight and the codes of an activation meet.
+struct Way {
+    enum { kBytes, kTables, kCounts } kind = kBytes;
+    int parts = 1;     // sets of tables, or planes
+    long piece_bytes;   // of a row of the operand per 64-byte piece of a vector of the weight
+    int most_vectors;   // of a block of 1 or 2 rows and of more
+    int few_vectors = 6;
+    bool is_signed = true;
+};
+
+constexpr long kOperandRows = 16;  // rows whose tables stay in L2
+
+inline Way way_of(const Weight& w, int least, int most) {
+    Way way;
+    way.most_vectors = 4;
+    way.piece_bytes = 32 / w.bits;  // the codes themselves: 4 columns of 16 rows are 64 * w.bits / 8 bytes
+    const bool small = least >= -15 && most <= 15;
+    if (w.bits == 1 && (least >= 0 ? most <= 3 : least >= -2 && most <= 1)) {
+        way.kind = Way::kCounts;
+        way.is_signed = least < 0;
+        way.parts = (least >= 0 ? most <= 1 : least >= -1 && most <= 0) ? 1 : 2;
+        way.piece_bytes = 4 * way.parts;
+        if (way.parts == 2) way.most_vectors = way.few_vectors = 2;
+    } else if (w.bits == 1 || (w.bits == 2 && small)) {
+        way.kind = Way::kTables;
+        way.parts = small ? 1 : 2;
+        way.piece_bytes = tables_of_piece(way.parts);
+    }
+    return way;
+}
+
+QB_TARGET void build_operand(const Weight& w, const Way& way, const int8_t* x, uint8_t* out) {
+    if (way.kind == Way::kCounts) {
+        const long pieces = w.depth / 32;
+        if (way.parts == 1) build_planes<1>(x, pieces, out);
+        else build_planes<2>(x, pieces, out);
+    } else if (w.bits == 2) {
+        build_tables<2, 1>(x, w.depth / 16, out);
+    } else if (way.parts == 1) {
+        build_tables<1, 1>(x, w.depth / 32, out);
+    } else {
+        build_tables<1, 2>(x, w.depth / 32, out);
+    }
+}
+
+inline Product product_of(const Weight& w, const Way& way, long rows, long vectors) {
+    const long r = rows - 1, v = vectors - 1;
+    if (way.kind == Way::kCounts) return way.parts == 1 ? kCountProducts[r][v] : kCountTwoProducts[r][v];
+    if (way.kind == Way::kTables) return way.parts == 1 ? kTableProducts<1>[r][v] : kTableProducts<2>[r][v];
+    return w.bits == 8 ? kTable<8>[r][v] : kTable<2>[r][v];
+}
+
+// One term of `rows` rows whose operand has `row_bytes` a row.
+QB_TARGET void term(const Weight& w, const Way& way, long plane, long group, const uint8_t* operand, long row_bytes,
+                    long rows, long first, long last, Target t) {
     const long begin = group * w.group_columns;
     const long end = group + 1 == w.groups ? w.depth : begin + w.group_columns;
     const int piece = 64 * 8 / (16 * w.bits);  // columns of a 64-byte piece
     const int32_t* row_sums = t.row_sums;
     const uint8_t* codes = w.codes.get() + plane * w.vectors * w.vector_bytes() + begin / piece * 64;
-    const long blocks = (rows + 3) / 4, most_rows = (rows + blocks - 1) / blocks, most_vectors = most_rows > 2 ? 4 : 6;
+    const int8_t* x = reinterpret_cast<const int8_t*>(operand) + begin / piece * way.piece_bytes;
+    const long blocks = (rows + 3) / 4, most_rows = (rows + blocks - 1) / blocks;
+    const long most_vectors = most_rows > 2 ? way.most_vectors : way.few_vectors;
     const long outputs = w.padded_rows(), at = (plane * w.groups + group) * outputs;
     for (long vector = first; vector < last; vector += most_vectors) {
         const long vectors = last - vector < most_vectors ? last - vector : most_vectors;
@@ -133,26 +196,64 @@ QB_TARGET void term(const Weight& w, long plane, long group, const int8_t* x, lo
             here.row_sums = row_sums + row * t.groups + group;
             const uint8_t* const at_vector = codes + vector * w.vector_bytes();
             const uint8_t* const next = row == 0 ? at_vector + vectors * w.vector_bytes() : at_vector;
-            table[count - 1][vectors - 1]({at_vector, w.vector_bytes(), x + row * w.depth + begin, w.depth,
-                                           (end - begin + piece - 1) / piece, next},
-                                          here);
+            product_of(w, way, count, vectors)({at_vector, w.vector_bytes(), x + row * row_bytes, row_bytes,
+                                                (end - begin + piece - 1) / piece, next},
+                                               here);
         }
     }
 }
 
-QB_TARGET void sums_avx512(const Weight& w, long plane, long group, const int8_t* x, const int32_t* row_sums, long rows,
-                           int32_t* out) {
+Target target_of(const Weight& w, const Way& way, const Codes& x) {
     Target t{};
-    t.sums = out, t.stride = w.padded_rows(), t.row_sums = row_sums, t.groups = w.groups, t.zero = w.zero;
-    term(w, plane, group, x, rows, 0, w.vectors, t);
+    t.scale = x.scale, t.offset = x.offset, t.row_sums = x.sums, t.groups = w.groups;
+    t.zero = way.kind == Way::kTables ? 0 : w.zero;
+    t.is_signed = way.is_signed;
+    return t;
+}
+
+long operand_avx512(const Weight& w, int least, int most) {
+    const Way way = way_of(w, least, most);
+    return way.kind == Way::kBytes ? 0 : kOperandRows * (w.vector_bytes() / 64 * way.piece_bytes);
+}
+
+// The rows from `row` on as operand, at most kOperandRows of them where it has to be built; returns how many.
+QB_TARGET long operand_of(const Weight& w, const Way& way, const Codes& x, long row, long rows, const uint8_t** operand,
+                          long row_bytes) {
+    if (way.kind == Way::kBytes) {
+        *operand = reinterpret_cast<const uint8_t*>(x.codes);
+        return rows;
+    }
+    const long count = rows - row < kOperandRows ? rows - row : kOperandRows;
+    for (long r = 0; r < count; ++r) build_operand(w, way, x.codes + (row + r) * w.depth, x.operand + r * row_bytes);
+    *operand = x.operand;
+    return count;
+}
+
+QB_TARGET void sums_avx512(const Weight& w, long plane, long group, const Codes& x, long rows, int32_t* out) {
+    const Way way = way_of(w, x.least, x.most);
+    const long row_bytes = w.vector_bytes() / 64 * way.piece_bytes;
+    const uint8_t* operand;
+    for (long row = 0, count; row < rows; row += count) {
+        count = operand_of(w, way, x, row, rows, &operand, row_bytes);
+        Target t = target_of(w, way, x);
+        t.sums = out + row * w.padded_rows(), t.stride = w.padded_rows(), t.row_sums += row * w.groups;
+        term(w, way, plane, group, operand, row_bytes, count, 0, w.vectors, t);
+    }
 }
 
 QB_TARGET void linear_avx512(const Weight& w, const Codes& x, long rows, long first, long last, float* y, long stride) {
-    Target t{};
-    t.y = y, t.stride = stride, t.scale = x.scale, t.offset = x.offset, t.zero = w.zero;
-    t.row_sums = x.sums, t.groups = w.groups;
-    for (long group = 0; group < w.groups; ++group)
-        for (long plane = 0; plane < w.planes; ++plane) term(w, plane, group, x.codes, rows, first, last, t);
+    const Way way = way_of(w, x.least, x.most);
+    const long row_bytes = w.vector_bytes() / 64 * way.piece_bytes;
+    const uint8_t* operand;
+    for (long row = 0, count; row < rows; row += count) {
+        count = operand_of(w, way, x, row, rows, &operand, row_bytes);
+        Target t = target_of(w, way, x);
+        t.y = y + row * stride, t.stride = stride;
+        t.scale += row, t.offset += row, t.row_sums += row * w.groups;
+        for (long group = 0; group < w.groups; ++group)
+            for (long plane = 0; plane < w.planes; ++plane)
+                term(w, way, plane, group, operand, row_bytes, count, first, last, t);
+    }
 }
 
 template <bool SIGNED_WEIGHT, int MR, int NV>
@@ -184,7 +285,7 @@ QB_TARGET void panel_product(const uint8_t* panel, long vector_bytes, long vecto
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {sums_avx512, linear_avx512, quantize_row,   range_row,     gelu_row,
+const Kernels kAvx512Kernels = {operand_avx512, sums_avx512, linear_avx512, quantize_row,   range_row,     gelu_row,
                                 relu_row,    layer_norm_row, attention_head};
 
 }  // namespace qbert

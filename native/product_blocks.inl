@@ -61,10 +61,10 @@ QB_INLINE void term_of(const Weight& w, long plane, long group, const Codes& x, 
     else term<1>(w, plane, group, x, rows, first, last, out, y, stride);
 }
 
-QB_TARGET void sums_blocks(const Weight& w, long plane, long group, const int8_t* x, const int32_t* row_sums, long rows,
-                           int32_t* out) {
-    const Codes codes{const_cast<int8_t*>(x), nullptr, nullptr, const_cast<int32_t*>(row_sums), w.depth, w.groups};
-    term_of(w, plane, group, codes, rows, 0, w.vectors, out, nullptr, 0);
+long operand_blocks(const Weight&, int, int) { return 0; }
+
+QB_TARGET void sums_blocks(const Weight& w, long plane, long group, const Codes& x, long rows, int32_t* out) {
+    term_of(w, plane, group, x, rows, 0, w.vectors, out, nullptr, 0);
 }
 
 QB_TARGET void linear_blocks(const Weight& w, const Codes& x, long rows, long first, long last, float* y, long stride) {

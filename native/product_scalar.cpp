@@ -42,7 +42,7 @@ long attention_scratch(long tokens, long size) {
     return lay_out(0, tokens, size, s);
 }
 
-const Kernels kScalarKernels = {sums_blocks, linear_blocks, quantize_row,   range_row,     gelu_row,
+const Kernels kScalarKernels = {operand_blocks, sums_blocks, linear_blocks, quantize_row,   range_row,     gelu_row,
                                 relu_row,    layer_norm_row, attention_head};
 
 }  // namespace qbert

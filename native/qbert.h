@@ -86,6 +86,9 @@ struct Activation {
     float clip_low = -__builtin_inff(), clip_high = __builtin_inff();  // numbers are held between them first
     float step = 1, floor = 0;  // of kStep: code = (x - floor) / step, held in [least, most], then less `less`
     int least = -128, most = 127, less = 0;
+
+    int lowest_code() const { return kind == kStep ? least - less : -(1 << (bits - 1)); }
+    int highest_code() const { return kind == kStep ? most - less : (1 << (bits - 1)) - 1; }
 };
 
 // Quantized rows: codes (N, depth) int8, the pad 0; scale and offset (N), sums of codes (N, G).
@@ -96,6 +99,8 @@ struct Codes {
     int32_t* sums;
     long depth;
     long groups;
+    int least, most;   // bounds of the codes, which decide how they are multiplied
+    uint8_t* operand;  // Kernels::operand bytes of a thread's own
 };
 
 struct LayerNorm {
@@ -119,9 +124,10 @@ struct Head {
 
 // One compiled path. Every path gives the same bits.
 struct Kernels {
-    // out (N, padded rows): exact sums of the codes of one term; x (N, depth) and sums of its codes (N, G).
-    void (*sums)(const Weight&, long plane, long group, const int8_t* x, const int32_t* row_sums, long rows,
-                 int32_t* out);
+    // Bytes in which a product with codes of these bounds keeps the form of x that it multiplies.
+    long (*operand)(const Weight&, int least, int most);
+    // out (N, padded rows): exact sums of the codes of one term.
+    void (*sums)(const Weight&, long plane, long group, const Codes& x, long rows, int32_t* out);
     // y (N, stride) = bias + the sum over terms of offset * sums + products * (scale * scale), of vectors [first, last).
     void (*linear)(const Weight&, const Codes& x, long rows, long first, long last, float* y, long stride);
     void (*quantize)(const float* x, long n, Range range, const Activation&, long group_columns, const Codes& out, long row);

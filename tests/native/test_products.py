@@ -40,7 +40,8 @@ def random_case(generator: np.random.Generator) -> dict:
         "columns": near(int(generator.choice([1, 16, 32])), 8),
         "planes": int(generator.integers(1, 3)) if layout == "1bit" else 1,
         "group_size": group_size if generator.integers(3) == 0 else 0,
-        "bits": int(generator.choice([4, 8])),
+        "bits": int(generator.choice([1, 2, 4, 8])),
+        "unsigned": bool(generator.integers(3) == 0),
         "shift": int(generator.integers(0, 64)),
         "threads": int(generator.integers(1, 4)),
     }
@@ -51,9 +52,10 @@ def check(generator: np.random.Generator, case: dict) -> None:
     codes = random_codes(generator, case["layout"], planes, outputs, columns)
     groups = -(-columns // case["group_size"]) if case["group_size"] else 1
     group_size = case["group_size"] if groups > 1 else columns
-    least = -(2 ** (case["bits"] - 1))
-    x = torch.from_numpy(generator.integers(least, -least, (rows, columns), dtype=np.int8))
-    x[generator.integers(rows)] = generator.choice([least, -least - 1])  # the extremes, where sums are largest
+    least = 0 if case["unsigned"] and case["bits"] < 8 else -(2 ** (case["bits"] - 1))
+    most = least + 2 ** case["bits"] - 1
+    x = torch.from_numpy(generator.integers(least, most + 1, (rows, columns), dtype=np.int8))
+    x[generator.integers(rows)] = generator.choice([least, most])  # the extremes, where sums are largest
     scale = torch.from_numpy(generator.random((planes, outputs, groups), np.float32))
     bias = torch.from_numpy(generator.standard_normal(outputs, np.float32)) if generator.integers(2) else None
     packed = shifted(pack_codes(codes, case["layout"]), case["shift"])
@@ -89,7 +91,8 @@ def test_sizes_of_bert(level, layout, shape):
     rows, outputs, columns = shape
     generator = np.random.default_rng(0)
     case = {"layout": layout, "rows": rows, "outputs": outputs, "columns": columns, "planes": 1}
-    check(generator, case | {"group_size": 0, "bits": 8, "shift": 1, "threads": 2})
+    for bits in (8, 4, 2, 1) if level == "avx512" else (8,):
+        check(generator, case | {"group_size": 0, "bits": bits, "unsigned": bits == 2, "shift": 1, "threads": 2})
 
 
 class Guarded:
