@@ -408,9 +408,10 @@ def softmax_codes(scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | N
     With e = exp(score - row maximum) the largest probability of a row has e = 1, so the per-token codes are
     round(levels * e) and the scale 1 / (levels * sum e): masked scores get code 0, and neither padding nor the order
     of a sum can move a code. Probabilities are never negative, so their lower bound is 0 in both min-max settings.
+    The exponential is taken in float64 and rounded once, because no two CPUs round a float32 one alike.
     """
     levels = 2**bits - 1
-    e = (scores - scores.amax(-1, keepdim=True)).exp_()
+    e = (scores - scores.amax(-1, keepdim=True)).double().exp_().to(scores.dtype)
     total = e.sum(-1, keepdim=True, dtype=torch.float64).to(e.dtype)
     probabilities = e / total
     if per_tensor:
@@ -424,7 +425,11 @@ def learned_softmax_codes(
     scores: Tensor, quantizer: LsqQuantizer, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the last dim whose result also comes as unsigned codes of a learned step: as `softmax_codes`."""
-    probabilities, quantized = quantizer.quantize(scores.softmax(-1), valid)
+    if torch.is_grad_enabled():
+        probabilities = SoftmaxCodes.apply(scores, 8, False, None)[0]
+    else:
+        probabilities = softmax_codes(scores, 8, False, None)[0]
+    probabilities, quantized = quantizer.quantize(probabilities, valid)
     return probabilities, quantized.codes, quantized.scale
 
 
