@@ -3,7 +3,7 @@ PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint hf-tests
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -16,6 +16,12 @@ test: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+# Transformers' own model tests, an hour on two cores; HF_TESTS="-k TernaryBert" runs some.
+hf-tests: $(VENV)/dev.stamp
+	$(BIN)/python tests/ecosystem/transformers_common/fetch.py .cache/transformers-tests
+	$(BIN)/python -m pytest -o addopts= -q -W ignore --tb=short --show-capture=no $(HF_TESTS) \
+		tests/ecosystem/transformers_common/common.py
 
 $(VENV)/demo.stamp: EXTRAS = demo
 $(VENV)/dev.stamp: EXTRAS = demo,dev

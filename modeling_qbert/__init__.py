@@ -13,6 +13,7 @@ from .configuration_qbert import (
 from .modeling_binary import *  # noqa: F403
 from .modeling_ternary import *  # noqa: F403
 from .quantizers import quantize_bwn, quantize_twn
+from .remote import write_remote_code
 from .report import checkpoint_report, format_report, verify_checkpoint
 
 
@@ -45,6 +46,7 @@ __all__ = [
     "quantize_bwn",
     "quantize_twn",
     "verify_checkpoint",
+    "write_remote_code",
     *modeling_binary.__all__,
     *modeling_ternary.__all__,
 ]

@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import (
@@ -74,7 +75,13 @@ class QbertQuantizer(HfQuantizer):
                 raise CheckpointError(f"{folder}: a packed checkpoint is one file {WEIGHTS_FILE}, found {names}")
             self.float_dtypes = check_file(checkpoint_files[0], model, self.quantization_config.packing).float_dtypes
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **_):
+        model.requires_grad_(False)  # as `pack()` leaves them: what trains is an adapter
+        model.base_model.hf_quantizer = self  # so that the backbone alone is saved as a packed one, too
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        if getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved
+            return None, {}
         tied = set(model.all_tied_weights_keys)
         tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         config = model.config
@@ -86,7 +93,7 @@ class QbertQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # by adapters only: Transformers refuses to train a quantized model that has none
 
     @property
     def is_compileable(self) -> bool:
@@ -194,6 +201,7 @@ def check_file(path: str, model: nn.Module, packing: str) -> PackedFile:
 MODEL_CLASSES: dict[str, type] = {}  # architecture -> class, of every registered family
 
 
+_IS_REMOTE_CODE = __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
 _BACKBONES = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra"}
 _HEADS = {
     "base": ("Model", AutoModel),
@@ -208,6 +216,10 @@ _HEADS = {
 def register_family(family: str, module: dict[str, Any]) -> dict[str, dict[str, type]]:
     """Register a family with the Auto classes: `<family><Backbone><Head>` of a module's `globals()`.
 
+    Every saved model carries its code (Transformers copies the files of classes with an `_auto_class`), and
+    `remote_code` of its config class names all heads, so that any Auto class opens it with `trust_remote_code=True`.
+    Code that came with a checkpoint registers nothing: it serves that checkpoint; an installed package is in charge.
+
     Returns backbone -> head -> class.
     """
     heads = {
@@ -216,13 +228,29 @@ def register_family(family: str, module: dict[str, Any]) -> dict[str, dict[str, 
     }
     for classes in heads.values():
         config = classes["base"].config_class
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+        config._auto_class, config.remote_code = "AutoConfig", {"AutoConfig": _place(config)}
+        if not _IS_REMOTE_CODE:
+            AutoConfig.register(config.model_type, config, exist_ok=True)
         for head, model_class in classes.items():
+            auto_class = _HEADS[head][1]
             MODEL_CLASSES[model_class.__name__] = model_class
-            _HEADS[head][1].register(config, model_class, exist_ok=True)
+            model_class._auto_class = auto_class.__name__
+            config.remote_code[auto_class.__name__] = _place(model_class)
+            if not _IS_REMOTE_CODE:
+                auto_class.register(config, model_class, exist_ok=True)
     return heads
 
 
-# setdefault: remote code may import this module more than once, and the first one stays
-AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("qbert", QbertConfig)
-AUTO_QUANTIZER_MAPPING.setdefault("qbert", QbertQuantizer)
+def _place(kind: type) -> str:
+    """module.Class as `auto_map` wants it."""
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+
+
+def register_quantizer() -> None:
+    """Point Transformers to the quantizer of this copy of the code: with remote code there may be several, each with
+    layer classes of its own, so every load does this first."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING["qbert"] = QbertConfig
+    AUTO_QUANTIZER_MAPPING["qbert"] = QbertQuantizer
+
+
+register_quantizer()

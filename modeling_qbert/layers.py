@@ -63,7 +63,7 @@ class WeightSpec:
 
     def packing(self, ternary_packing: str) -> str:
         """Layout of the packed bits, given the one chosen for ternary codes."""
-        return {1: "1bit", 2: ternary_packing, 8: "int8"}[self.bits]
+        return {1: "1bit", 2: ternary_packing, 3: "3bit", 4: "4bit", 8: "int8"}[self.bits]
 
     def quantize(self, weight: Tensor, scale: Tensor | None) -> Quantized:
         """Codes int8 and scale of a latent weight (O, I) or (P, O, I), each plane by itself; `scale` is the state of

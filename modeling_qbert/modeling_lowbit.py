@@ -1,6 +1,7 @@
 """What every low-bit model adds to its Transformers class: quantized layers, packing, strict loading."""
 
 import copy
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,10 @@ from transformers.models.electra.modeling_electra import (
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead, RobertaLayer, RobertaPooler
 
 from .attention import quantized_attention  # noqa: F401 (registers the attention functions)
-from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, check_folder, stale_weights
+from .checkpoint import WEIGHTS_FILE, CheckpointError, ShapeError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import LowBitConfig, low_bit_fields
 from .fused import fuse_backbone, fused_forward_of
-from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory
+from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory, register_quantizer
 from .layers import (
     FixedGELU,
     FixedLayerNorm,
@@ -34,6 +35,7 @@ from .layers import (
     WeightSpec,
     pack_layer,
 )
+from .lora import refuse_adapters
 from .ops import dequantize_weight
 from .packing import PACKINGS
 from .quantizers import ACTIVATION_FLOORS, ActivationQuantizer, LsqQuantizer, PactQuantizer
@@ -96,6 +98,13 @@ def share_token_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
             layer.token_mask = mask
 
 
+def refuse_offloaded(model: nn.Module, action: str) -> None:
+    """Clear error for a model some of whose tensors accelerate keeps elsewhere: their values cannot be read here."""
+    away = next((name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"), None)
+    if away is not None:
+        raise ValueError(f"tensor {away!r} is offloaded; load the model with every part on a device to {action} it")
+
+
 class LowBitMixin:
     """Mixed in before a Transformers BERT, RoBERTa or ELECTRA class.
 
@@ -115,6 +124,9 @@ class LowBitMixin:
         fuse_backbone(self.base_model)
         self._resize_heads()
         self._insert_quantizers()
+        for module in self.modules():
+            if getattr(module, "_require_grads_hook", None) is not None:
+                module.enable_input_require_grads()  # its hook was on the embedding that has just been replaced
 
     def _resize_heads(self) -> None:
         """Give every attention the heads of a pruned model, whose width together is not the hidden size."""
@@ -204,10 +216,12 @@ class LowBitMixin:
         if bits == 32 or kind not in ("lsq", "pact"):
             return lambda name, columns: config.activation_quantizer_spec  # noqa: ARG005
 
-        def learned(columns: int, above: float | None = None) -> LsqQuantizer | PactQuantizer:
+        def learned(
+            columns: int, above: float | None = None, channels: int | None = None
+        ) -> LsqQuantizer | PactQuantizer:
             """Symmetric, or `above` a floor."""
             if kind == "lsq":
-                return LsqQuantizer(bits, above, columns * positions)
+                return LsqQuantizer(bits, above, columns * positions, channels or columns)
             dynamic = ActivationQuantizer(bits, above is None, config.activation_granularity == "per_tensor")
             return PactQuantizer(dynamic)
 
@@ -218,7 +232,8 @@ class LowBitMixin:
             second.add(f"{name}.output.dense")
             attention = layer.attention.self
             for part in ("query", "key", "value"):
-                attention.register_module(f"{part}_quantizer", learned(attention.all_head_size))
+                width = attention.attention_head_size
+                attention.register_module(f"{part}_quantizer", learned(attention.all_head_size, channels=width))
             attention.input_quantizer = learned(config.hidden_size)
             if kind == "lsq":
                 attention.probability_quantizer = learned(heads * positions, above=0.0)
@@ -257,6 +272,7 @@ class LowBitMixin:
         source = os.path.join(str(pretrained_model_name_or_path), *filter(None, [kwargs.get("subfolder")]))
         if os.path.isfile(os.path.join(source, "config.json")):
             check_folder(source)
+        register_quantizer()
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -265,7 +281,8 @@ class LowBitMixin:
             foreign = isinstance(error, RuntimeError) and "mismatch" not in str(error)
             if foreign or (isinstance(error, CheckpointError) and source in str(error)):
                 raise
-            raise CheckpointError(f"{source}: {error}") from error
+            kind = ShapeError if isinstance(error, RuntimeError) else CheckpointError
+            raise kind(f"{source}: {error}") from error
         types = getattr(getattr(model, "hf_quantizer", None), "float_dtypes", {model.dtype})
         if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in ("auto", None) and model.dtype not in types:
             raise CheckpointError(f"{source}/config.json: field 'dtype' is {model.dtype}, the file holds {types}")
@@ -352,6 +369,8 @@ class LowBitMixin:
         for name, module in self.named_modules():
             if isinstance(module, LsqQuantizer) and not bool(module.step > 0):
                 raise ValueError(f"{name}.step has no value yet: call model.calibrate(**batch) before packing")
+        refuse_adapters(self, "pack")
+        refuse_offloaded(self, "pack")
         model = copy.deepcopy(self).eval()
         for name, module in list(model.named_modules()):
             if isinstance(module, _LAYERS):
@@ -371,9 +390,11 @@ class LowBitMixin:
 
         A pruned network, which no plain class can hold, stays in its own class with `bits` 32-32-32.
         """
+        refuse_adapters(self, "dequantize")
+        refuse_offloaded(self, "dequantize")
         config = self.config
         fields = config.to_dict()
-        for name in (*low_bit_fields(), "quantization_config", "model_type", "architectures", "dtype"):
+        for name in (*low_bit_fields(), "quantization_config", "model_type", "architectures", "auto_map", "dtype"):
             fields.pop(name, None)
         if config.head_dim is None:
             target = next(base for base in type(self).__mro__ if base.__module__.startswith("transformers."))
@@ -397,10 +418,15 @@ class LowBitMixin:
         return model.to(device=self.device, dtype=dtype).eval()
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
-        """As `PreTrainedModel.save_pretrained`. A packed model is written beside its target and then moved into place,
-        and the same model gives the same bytes."""
-        if not self.is_packed:
+        """As `PreTrainedModel.save_pretrained`, with the code that opens it where this package is missing. A packed
+        model is written beside its target and then moved into place, and the same model gives the same bytes."""
+        self.config.auto_map = dict(self.config_class.remote_code)
+        adapters_alone = getattr(self, "_hf_peft_config_loaded", False)  # of `add_adapter`: only they are saved
+        if not adapters_alone:
+            refuse_adapters(self, "save")
+        if not self.is_packed or adapters_alone:
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+        refuse_offloaded(self, "save")
         save_directory = os.fspath(save_directory)
         os.makedirs(save_directory, exist_ok=True)
         foreign = stale_weights(save_directory)
@@ -408,10 +434,11 @@ class LowBitMixin:
             raise CheckpointError(f"{save_directory}: holds other weight files {foreign}; save to a clean folder")
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=save_directory) as staging:
-            super().save_pretrained(staging, *args, max_shard_size="1000GB", **kwargs)
+            super().save_pretrained(staging, *args, **{**kwargs, "max_shard_size": "1000GB"})
             canonicalize_header(os.path.join(staging, WEIGHTS_FILE))
             for name in sorted(os.listdir(staging), key=lambda name: name != WEIGHTS_FILE):
                 os.replace(os.path.join(staging, name), os.path.join(save_directory, name))
         if push_to_hub:
-            self.push_to_hub(repo_id)
+            names = inspect.signature(self.push_to_hub).parameters
+            self.push_to_hub(repo_id, **{name: kwargs[name] for name in names if name in kwargs})
         return None

@@ -15,19 +15,22 @@ from .quantizers import Quantized, expand_scale
 
 
 try:
-    from .native import EmbeddingTables, LayerWeights, NativeEncoder, NativeWeight, place_of, supports_groups
+    from .native import EmbeddingTables, LayerWeights, NativeEncoder, NativeWeight, place_of, supports
 
     WHY_NOT_NATIVE = ""
 except ImportError as _error:  # built without a compiler, or copied as remote code
-    EmbeddingTables = LayerWeights = NativeEncoder = NativeWeight = place_of = supports_groups = None
+    EmbeddingTables = LayerWeights = NativeEncoder = NativeWeight = place_of = supports = None
     WHY_NOT_NATIVE = str(_error)
 
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32
 
 
+_CPU_HAS_VNNI = torch.cpu._is_vnni_supported()  # asked once: a call in forward would break torch.compile's graph
+
+
 def has_fast_int8(device: torch.device) -> bool:
     """Whether torch multiplies int8 matrices fast on this device (CPU with VNNI, or CUDA)."""
-    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_vnni_supported())
+    return device.type == "cuda" or (device.type == "cpu" and _CPU_HAS_VNNI)
 
 
 def matmul_codes(x: Tensor, weight: Tensor, bound: int) -> Tensor:

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from .checkpoint import WEIGHTS_FILE, CheckpointError, PackedFile, check_folder
+from .checkpoint import QUANTIZER_STATE, WEIGHTS_FILE, CheckpointError, PackedFile, check_folder
 from .integration import MODEL_CLASSES, QbertConfig, check_file, expected_tensors, swap_to_packed
+
+
+_BITS = {"1bit": 1, "2bit": 2, "dense": 2, "3bit": 3, "4bit": 4, "int8": 8}  # as the papers count them
 
 
 def verify_checkpoint(folder: str | os.PathLike) -> None:
@@ -25,8 +28,9 @@ def checkpoint_report(folder: str | os.PathLike) -> dict[str, Any]:
 
     Returns `architecture`, `bits`, `packing`; `parts` (name -> bytes, whose sum is the file), `bytes`, `MB` (10^6) and
     `MiB` (2^20) of the file; `parameters` and `fp32_bytes` of the same model in full precision and their `ratio` to
-    the file; and `papers`, the way TernaryBERT's tables count: word embedding, encoder and pooler at their bits,
-    everything else at 32 and no row scales, in MiB, against all parameters at 32 bits.
+    the file, planes counted once; and `papers`, the way their tables count: word embedding, encoder and pooler at
+    their bits, everything else at 32 and no row scales, in MiB, against all parameters at 32 bits. TernaryBERT counts
+    so; BinaryBERT leaves out position and token type embeddings as well, and so does this count of binary weights.
     """
     model, file = _open(os.fspath(folder), check=False)
     expected, prefix = expected_tensors(model), model.base_model_prefix + "."
@@ -46,6 +50,7 @@ def checkpoint_report(folder: str | os.PathLike) -> dict[str, Any]:
     )
     parts["header"] = size - sum(record.end - record.begin for record in file.tensors.values())
     parameters = bits = 0
+    binary = 1 in model.config.bit_widths[:2]
     for name, record in file.tensors.items():
         want = expected.get(name)
         packed = want is not None and want.packing is not None
@@ -53,10 +58,10 @@ def checkpoint_report(folder: str | os.PathLike) -> dict[str, Any]:
         parts[part] += record.end - record.begin
         if part == "scales":
             continue
-        count = record.shape[0] * want.columns if packed else prod(record.shape)
-        parameters += count
-        weight_bits, embedding_bits, _ = model.config.bit_widths
-        bits += count * (32 if not packed else embedding_bits if part == "word embedding" else weight_bits)
+        stored = prod(record.shape[:-1]) * want.columns if packed else prod(record.shape)
+        parameters += stored // (record.shape[0] if packed and len(record.shape) == 3 else 1)
+        if not (binary and part == "other embeddings"):
+            bits += stored * (_BITS[want.packing] if packed else 32)
     return {
         "architecture": type(model).__name__,
         "bits": model.config.bits,
@@ -83,7 +88,7 @@ def format_report(folder: str | os.PathLike) -> str:
     lines += [
         "",
         f"{report['parameters']:,} parameters, {report['ratio']:.1f} times smaller than fp32 (everything included)",
-        f"as the papers count (no scales, no header): {papers['MiB']:.2f} of {papers['fp32_MiB']:.2f} MiB, "
+        f"as the papers count (see checkpoint_report): {papers['MiB']:.2f} of {papers['fp32_MiB']:.2f} MiB, "
         f"{papers['ratio']:.1f} times smaller",
     ]
     return "\n".join(lines)
@@ -91,10 +96,12 @@ def format_report(folder: str | os.PathLike) -> str:
 
 def _part(name: str, packed: bool, in_backbone: bool) -> str:
     """Part of a tensor; `name` without the backbone's prefix. A packed layer after the encoder is a pooler."""
-    if name.endswith("weight_scale"):
+    if name.endswith(QUANTIZER_STATE):
         return "scales"
     if in_backbone and name == "embeddings.word_embeddings.weight":
         return "word embedding"
+    if name.startswith("embeddings.") and packed:
+        return "other embeddings"
     if packed or name == "pooler.dense.weight":
         return "encoder" if name.startswith("encoder.") else "pooler"
     if not in_backbone:

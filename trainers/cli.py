@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--task", required=True, help="GLUE task or rotten_tomatoes")
     prune.add_argument("--data", help="Hub data set or local folder (default: the task's on the Hub)")
     prune.add_argument("--split", default="train", help="rows that importance is measured on (default: train)")
-    prune.add_argument("--samples", type=int, default=4096, help="at most so many of them (default: 4096)")
+    prune.add_argument("--samples", type=int, default=2048, help="at most so many of them (default: 2048)")
     prune.add_argument("--max-length", type=int, default=128)
     prune.add_argument("--width", type=float, required=True, help="share of the heads that stays, such as 0.5")
     prune.add_argument("--output", required=True, help="folder of the pruned checkpoint")
@@ -47,6 +47,19 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check every byte of a packed checkpoint")
     verify.add_argument("checkpoint")
 
+    latency = commands.add_parser("latency", help="time a packed checkpoint against fp32 on this CPU, for its card")
+    latency.add_argument("checkpoint")
+    latency.add_argument("--lengths", type=int, nargs="+", default=(32, 128), help="tokens of a sentence")
+    latency.add_argument("--batch", type=int, default=1)
+
+    push = commands.add_parser(
+        "push", help="publish a checkpoint folder on the Hub in one commit, code and card included"
+    )
+    push.add_argument("checkpoint")
+    push.add_argument("repo", help="OWNER/NAME")
+    push.add_argument("--private", action="store_true", default=None, help="if the repository is made by this push")
+    push.add_argument("--revision", help="branch (default: main)")
+
     sweep = commands.add_parser("sweep", help="run what a sweep file still lacks: recipes x overrides x seeds")
     sweep.add_argument("sweep", help="sweep file (YAML)")
     sweep.add_argument("--output", default="runs", help="folder for runs in progress (default: runs)")
@@ -56,8 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--jobs", type=int, default=1, help="runs at a time")
 
     table = commands.add_parser("table", help="render results as a table and a figure")
-    table.add_argument("results", nargs="+", help="result files or folders")
+    table.add_argument("results", nargs="*", help="result files or folders")
+    table.add_argument("--update", metavar="FILE.md", help="render this text's tables again, where they stand")
     table.add_argument("--figure", help="also draw the scores into this PNG")
+    table.add_argument("--size-figure", help="also draw mean score against file size into this PNG")
     return parser
 
 
@@ -196,6 +211,22 @@ def _verify(arguments: argparse.Namespace) -> None:
     print(f"{arguments.checkpoint}: every tensor, digest and config field is as it was saved")
 
 
+def _latency(arguments: argparse.Namespace) -> None:
+    from .latency import write_latency
+
+    found = write_latency(arguments.checkpoint, lengths=arguments.lengths, batch=arguments.batch)
+    print(f"{found['cpu']}, {found['threads']} threads, batch {found['batch']}")
+    for row in found["rows"]:
+        print(f"{row['tokens']:>4} tokens: {row['packed_ms']:8.2f} ms packed, {row['fp32_ms']:8.2f} ms in fp32")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from .hub import push_to_hub
+
+    url = push_to_hub(arguments.checkpoint, arguments.repo, private=arguments.private, revision=arguments.revision)
+    print(f"published: {url}")
+
+
 def _sweep(arguments: argparse.Namespace) -> int:
     import functools
 
@@ -222,13 +253,19 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    from .results import load_results
-    from .tables import plot_results, render_table
+    from .results import load_results, write_atomic
+    from .tables import plot_results, plot_sizes, render_table, update_tables
 
+    if arguments.update:
+        path = Path(arguments.update)
+        write_atomic(path, update_tables(path.read_text(encoding="utf-8"), path.parent).encode())
+        return
     results = load_results(arguments.results)
     print(render_table(results))
     if arguments.figure:
         plot_results(results, arguments.figure)
+    if arguments.size_figure:
+        plot_sizes(results, arguments.size_figure)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def head_and_neuron_importance(model: PreTrainedModel, batches: Iterable[Mapping
     }
     sums = {name: torch.zeros_like(factor, requires_grad=False) for name, factor in factors.items()}
     seen = 0
-    with _evaluating(model), _factors_inserted(model, factors):
+    with evaluating(model), torch.enable_grad(), _factors_inserted(model, factors):
         for batch in batches:
             loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
             if loss is None:
@@ -136,14 +136,16 @@ def head_and_neuron_importance(model: PreTrainedModel, batches: Iterable[Mapping
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a `with` block."""
+    training = [model.training for model in models]
     try:
-        with torch.enable_grad():
-            yield
+        for model in models:
+            model.eval()
+        yield
     finally:
-        model.train(training)
+        for model, mode in zip(models, training):
+            model.train(mode)
 
 
 @contextmanager

@@ -93,6 +93,7 @@ class QuantizationSpec:
     group_size: int = 64
     activation_quantizer: Literal["symmetric", "asymmetric", "pact", "lsq"] = "asymmetric"
     activation_granularity: Literal["per_token", "per_tensor"] = "per_token"
+    binary_quantizer: Literal["bwn", "centered"] = "bwn"
     planes: Literal[1, 2] = 1
     position_bits: Literal[32, 8] = 32
     hidden_act: str | None = None
@@ -128,14 +129,18 @@ class Stage:
 
     `init` is where its weights come from: the recipe's `teacher`; the `previous` stage; `pruned`, the previous stage's
     (or the teacher's) network whose heads and neurons are ranked and cut to `width`; `subnetwork`, its leading part of
-    that width as it is; `split`, the previous stage's ternary network split into two binary planes. `widths` trains
+    that width as it is; `split`, the previous stage's ternary network split into two binary planes; `random_encoder`,
+    the recipe's teacher with new random weights in its encoder, or in the `random_parts` instead. `widths` trains
     all these widths at once. `teacher` names an earlier stage to imitate instead of the recipe's teacher.
+    `split_megabytes` makes a binary student ternary in the modules that the best (or, as controls, a random or the
+    worst) choice of adaptive splitting would split within a file of that size; a later stage splits just these.
     `learning_rate_ratio` multiplies the learning rate; `quantizer_learning_rate` is that of learned step sizes and
     clips. `training` takes any field of `transformers.TrainingArguments` but output_dir and seed.
     """
 
     name: str = "distil"
-    init: Literal["teacher", "previous", "pruned", "subnetwork", "split"] = "teacher"
+    init: Literal["teacher", "previous", "pruned", "subnetwork", "split", "random_encoder"] = "teacher"
+    random_parts: tuple[Literal["embeddings", "encoder", "lower", "upper", "attention", "feed_forward"], ...] = ()
     width: float | None = None
     widths: tuple[float, ...] = ()
     teacher: str | None = None
@@ -143,6 +148,8 @@ class Stage:
     targets: Targets = field(default_factory=Targets)
     teacher_dropout: bool = False
     temperature: float = 1.0
+    split_megabytes: float | None = None
+    split_selection: Literal["gain", "random", "smallest_gain"] = "gain"
     learning_rate_ratio: float = 1.0
     quantizer_learning_rate: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
@@ -156,8 +163,18 @@ class Stage:
             _require(self.width is not None, "width", f"a number for init {self.init!r}", self.width)
         else:
             _require(self.width is None, "width", "nothing, unless init is 'pruned' or 'subnetwork'", self.width)
+        _require(
+            not self.random_parts or self.init == "random_encoder",
+            "random_parts",
+            "nothing, unless init is 'random_encoder'",
+            self.random_parts,
+        )
         for key, widths in (("width", () if self.width is None else (self.width,)), ("widths", self.widths)):
             _require(all(0 < width <= 1 for width in widths), key, "shares in (0, 1]", widths)
+        if self.split_megabytes is not None:
+            bits, found = self.quantization.bits, (self.split_megabytes, self.quantization.bits)
+            _require(bits.startswith("1-1-"), "split_megabytes", "a stage of binary weights, bits 1-1-A", found)
+            _require(self.quantization.planes == 1, "split_megabytes", "one plane, before the splitting", found)
         _require(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "above 0", self.temperature)
         object.__setattr__(self, "training", _training_arguments(self.training, "training"))
 
@@ -182,7 +199,8 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), "stages", "a different name for every stage", names)
         first = self.stages[0].init
-        _require(first in ("teacher", "pruned"), "stages.0.init", "'teacher' or 'pruned', no stage precedes it", first)
+        possible = ("teacher", "pruned", "random_encoder")
+        _require(first in possible, "stages.0.init", f"one of {possible}, no stage precedes it", first)
         for index, stage in enumerate(self.stages):
             known = [None, *names[:index]]
             _require(stage.teacher in known, f"stages.{index}.teacher", f"one of {known}", stage.teacher)
@@ -215,7 +233,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values of every field, in the order of the fields; `from_dict` gives an equal recipe back."""
         values = dataclasses.asdict(self)
-        values["stages"] = [{**stage, "widths": list(stage["widths"])} for stage in values["stages"]]
+        lists = ("widths", "random_parts")
+        values["stages"] = [{**stage, **{key: list(stage[key]) for key in lists}} for stage in values["stages"]]
         return values
 
     def to_yaml(self) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
@@ -33,15 +32,23 @@ from .card import write_card
 from .checkpointing import AtomicCheckpointMixin, folder_lock, newest_complete_checkpoint
 from .data import Task, data_identity, label_config, load_data, task_of, tokenize
 from .distillation import DistillationArguments, DistillationTrainer
-from .initialization import BUNDLED, initial_student, load_teacher, resolve_model, student_config
+from .initialization import (
+    BUNDLED,
+    choose_ternary_modules,
+    initial_student,
+    load_teacher,
+    resolve_model,
+    student_config,
+)
 from .metrics import compute_metrics_for, score
-from .pruning import WidthAdaptiveTrainer
+from .pruning import WidthAdaptiveTrainer, labelled_batches
 from .recipe import DataSpec, Recipe, Stage
 from .results import RESULTS_NAME, environment, read_results, write_atomic, write_results
 from .tables import plot_training
 
 
 DONE = "DONE.json"  # written last into a finished teacher or stage folder
+RANKING_ROWS = 512  # training rows that rank what is pruned and what is split
 GOLDEN_TEXTS = (
     "a gripping, funny film",
     "two hours that feel like four",
@@ -219,7 +226,7 @@ class _Run:
     def _trainer(
         self, stage: Stage, folder: Path, previous: str, teacher: PreTrainedModel, identity: dict
     ) -> DistillationTrainer:
-        start = self.teacher_path if stage.init == "teacher" else previous
+        start = self.teacher_path if stage.init in ("teacher", "random_encoder") else previous
         training = self._arguments(folder, stage.training, self.recipe.seed)
         args = DistillationArguments(
             logits_weight=stage.targets.logits,
@@ -231,19 +238,20 @@ class _Run:
             **training,
         )
         args.learning_rate *= stage.learning_rate_ratio
-        student = initial_student(self.recipe, stage, start, self.labels, self._labelled_batches(stage))
+        # Training rows rank heads, neurons and modules; in DynaBERT's code the rows that the score is measured on do.
+        rows = self.tokenized[self.recipe.data.train_split]
+        batches = labelled_batches(rows.select(range(min(RANKING_ROWS, len(rows)))), self.tokenizer)
+        student = initial_student(self.recipe, stage, start, self.labels, batches)
+        if stage.split_megabytes is not None:
+            modules = choose_ternary_modules(stage, student, teacher, batches, self.recipe.seed)
+            fields = {**student.config.to_dict(), "ternary_modules": modules}
+            mixed = type(student)(type(student.config).from_dict(fields))
+            mixed.load_state_dict(student.state_dict())
+            student = mixed
         common = self._common(identity)
         if stage.widths:
             return WidthAdaptiveTrainer(model=student, teacher=teacher, args=args, widths=stage.widths, **common)
         return DistillationTrainer(model=student, teacher=teacher, args=args, **common)
-
-    def _labelled_batches(self, stage: Stage) -> Iterator[dict[str, Tensor]]:
-        """The evaluation split with labels: it ranks heads and neurons, as in DynaBERT's code."""
-        rows = self.tokenized[self.recipe.data.eval_split]
-        size = stage.training.get("per_device_train_batch_size", 8)
-        collate = DataCollatorWithPadding(self.tokenizer)
-        for begin in range(0, len(rows), size):
-            yield collate([rows[row] for row in range(begin, min(begin + size, len(rows)))])
 
     def _arguments(self, folder: Path, training: dict, seed: int) -> dict:
         defaults = {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import write_atomic
+from .results import load_results, write_atomic
 
 
 # GLUE's column order in the TernaryBERT paper; a task that is not here comes last under its own name.
@@ -30,16 +30,27 @@ TASK_LABELS = {
     "wnli": "WNLI",
 }
 
-PUBLISHED_SOURCE = "TernaryBERT (Zhang et al., EMNLP 2020), BERT-base, GLUE dev"
-PUBLISHED = {  # MRPC: accuracy. STS-B: mean of Pearson and Spearman. CoLA: Matthews correlation.
-    # TernaryBERT (EMNLP 2020), dev results, row BERT 32-32-32
-    "fp32": {"sst2": 93.1, "cola": 58.1, "mrpc": 86.5, "stsb": (89.8 + 89.4) / 2, "rte": 71.1},
-    # TernaryBERT (EMNLP 2020), dev results, row TernaryBERT-TWN 2-2-8
-    "twn": {"sst2": 92.8, "cola": 55.7, "mrpc": 87.5, "stsb": (87.9 + 87.7) / 2, "rte": 72.9},
-    # TernaryBERT (EMNLP 2020), dev results, row TernaryBERT-LAT 2-2-8
-    "lat": {"sst2": 92.5, "cola": 54.3, "mrpc": 87.0, "stsb": (87.9 + 87.6) / 2, "rte": 72.2},
+PUBLISHED_SOURCE = "TernaryBERT (Zhang et al., EMNLP 2020) or BinaryBERT (Bai et al., ACL 2021), BERT-base, GLUE dev"
+_FULL = {"sst2": 93.1, "cola": 58.1, "mrpc": 86.5, "stsb": (89.8 + 89.4) / 2, "rte": 71.1}
+_BINARY = {"sst2": 93.2, "cola": 59.7, "mrpc": 86.3, "stsb": 90.1, "rte": 72.2}
+# (bits, weight quantizer, planes) -> (scores of the full-precision model, of the low-bit one). MRPC: accuracy. STS-B:
+# mean of Pearson and Spearman in TernaryBERT, one correlation in BinaryBERT. CoLA: Matthews correlation.
+PUBLISHED = {
+    # TernaryBERT (EMNLP 2020), dev results, rows BERT 32-32-32, TernaryBERT-TWN 2-2-8 and TernaryBERT-LAT 2-2-8
+    ("2-2-8", "twn", 1): (
+        _FULL,
+        {"sst2": 92.8, "cola": 55.7, "mrpc": 87.5, "stsb": (87.9 + 87.7) / 2, "rte": 72.9},
+    ),
+    ("2-2-8", "lat", 1): (
+        _FULL,
+        {"sst2": 92.5, "cola": 54.3, "mrpc": 87.0, "stsb": (87.9 + 87.6) / 2, "rte": 72.2},
+    ),
+    # BinaryBERT (ACL 2021), dev results without data augmentation, full-precision teacher, rows BWN (1 plane), TWS (2)
+    ("1-1-8", "bwn", 1): (_BINARY, {"sst2": 92.3, "cola": 46.7, "mrpc": 82.6, "stsb": 86.8, "rte": 68.6}),
+    ("1-1-8", "bwn", 2): (_BINARY, {"sst2": 92.6, "cola": 53.4, "mrpc": 85.5, "stsb": 88.6, "rte": 72.2}),
+    ("1-1-4", "bwn", 1): (_BINARY, {"sst2": 92.3, "cola": 34.8, "mrpc": 79.9, "stsb": 84.9, "rte": 65.3}),
+    ("1-1-4", "bwn", 2): (_BINARY, {"sst2": 92.3, "cola": 44.4, "mrpc": 83.3, "stsb": 87.2, "rte": 65.3}),
 }
-PUBLISHED_BITS = "2-2-8"
 
 
 def escape_markdown(text: object) -> str:
@@ -73,13 +84,19 @@ def main_score(results: Mapping[str, Any], part: str) -> float:
 
 
 def published_drop(results: Mapping[str, Any]) -> float | None:
-    """Points that TernaryBERT reports losing on this task with this weight quantizer at 2-2-8, or None."""
+    """Points that the paper reports losing on this task with these bits, weight quantizer and planes, or None.
+
+    A ternary network of half width, an adaptively split one and the like have no published counterpart.
+    """
     stages = results["recipe"].get("stages") or [{}]
-    quantization = stages[-1].get("quantization") or {}
-    row = PUBLISHED.get(quantization.get("weight_quantizer"), {})
-    if quantization.get("bits") != PUBLISHED_BITS or results["task"] not in row:
+    quantization, inits = stages[-1].get("quantization") or {}, {stage.get("init") for stage in stages}
+    bits, planes = quantization.get("bits", ""), quantization.get("planes", 1)
+    quantizer = "bwn" if bits.startswith("1-") else quantization.get("weight_quantizer")
+    full, low = PUBLISHED.get((bits, quantizer, planes), ({}, {}))
+    other = any(stage.get("split_megabytes") for stage in stages) or ("pruned" in inits) != (planes == 2)
+    if results["task"] not in low or other:
         return None
-    return round(PUBLISHED["fp32"][results["task"]] - row[results["task"]], 2)
+    return round(full[results["task"]] - low[results["task"]], 2)
 
 
 class _Grid:
@@ -158,7 +175,7 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> str:
 
     Each cell is mean ± sample standard deviation of the packed model's main metric x 100 over the seeds, with their
     number. A drop is teacher minus packed model, seed by seed against the run's own teacher; beside it stands the drop
-    that TernaryBERT reports for BERT-base, and by how much ours is above it.
+    that the paper reports for BERT-base, and by how much ours is above it.
 
     Args:
         results: contents of `results.json` files, for example from `load_results`.
@@ -189,6 +206,21 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in _notes(grid))]) + "\n"
 
 
+_BLOCK = re.compile(r"(<!-- qbert table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def update_tables(text: str, root: str | Path) -> str:
+    """`text` with every block `<!-- qbert table FOLDER -->` ... `<!-- end -->` rendered again from the results in that
+    folder, relative to `root`.
+
+    Raises:
+        ValueError: the text has no such block, or a folder no results.
+    """
+    if not _BLOCK.search(text):
+        raise ValueError("expected blocks '<!-- qbert table FOLDER -->' ... '<!-- end -->', found none")
+    return _BLOCK.sub(lambda match: match[1] + render_table(load_results([Path(root) / match[2]])) + match[3], text)
+
+
 def _notes(grid: _Grid) -> list[str]:
     runs = [run for cell in grid.cells.values() for run in cell]
     rows = []
@@ -201,7 +233,7 @@ def _notes(grid: _Grid) -> list[str]:
     return [
         "Main metric x 100 of the packed model, mean ± sample standard deviation over the seeds. Drop: teacher minus "
         "packed model, each run against its own teacher; negative is a gain.",
-        f"Paper: drop of {PUBLISHED_SOURCE}, at {PUBLISHED_BITS} with the same weight quantizer; "
+        f"Paper: drop of {PUBLISHED_SOURCE}, at the same bits with the same weight quantizer; "
         "**over** marks a mean drop above it.",
         f"Evaluated on: {', '.join(rows)}. Runs: {len(runs)}. Seeds: {', '.join(map(str, seeds))}. "
         f"Commits: {escape_markdown(', '.join(commit[:7] + commit[40:] for commit in commits))}. "
@@ -270,6 +302,34 @@ def plot_results(results: Sequence[Mapping[str, Any]], path: str | Path) -> None
     columns = min(len(grid.tasks), 3)
     width = max(2.6, 1.1 + 0.45 * (len(grid.variants) + 1)) * columns
     _save_figure(draw, (max(4.0, width), 3.8 * math.ceil(len(grid.tasks) / columns)), path)
+
+
+def plot_sizes(results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Writes a PNG of score against file size: per variant the main metric x 100, mean over the tasks, and the MB of
+    the packed file. Variants that lack a task are left out: their mean would be of other tasks."""
+    grid = _Grid(results)
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        teachers = [score for task in grid.tasks for scores in grid.teachers(task).values() for score in scores]
+        size = statistics.mean(run["teacher"]["bytes"] / 1e6 for task in grid.tasks for run in grid.column(task))
+        points = [("teacher", size, statistics.mean(teachers), "black")]
+        for index, variant in enumerate(grid.variants):
+            cells = [grid.cells.get((task, variant), []) for task in grid.tasks]
+            if all(cells):
+                score = statistics.mean(statistics.mean(main_score(run, "packed") for run in cell) for cell in cells)
+                size = statistics.mean(run["packed"]["bytes"] / 1e6 for cell in cells for run in cell)
+                points.append((variant, size, score, _COLOURS[index % len(_COLOURS)]))
+        for name, x, y, colour in points:
+            axis.plot([x], [y], "o", color=colour)
+            axis.annotate(_literal(name), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.set_xscale("log")
+        axis.margins(x=0.2, y=0.15)
+        axis.set_xlabel("file, MB (10^6 bytes)")
+        axis.set_ylabel(f"mean of {', '.join(task_label(task) for task in grid.tasks)}, x 100")
+        axis.grid(alpha=0.3)
+
+    _save_figure(draw, (7.0, 4.5), path)
 
 
 # What the Trainer logs beside scores at each evaluation.

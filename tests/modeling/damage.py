@@ -15,6 +15,7 @@ SETTINGS = [
     ("2bit", {"weight_granularity": "per_row"}),
     ("dense", {"weight_granularity": "per_group", "bits": "2-8-8", "weight_quantizer": "lat"}),
     ("2bit", {"bits": "8-8-8", "embedding_granularity": "per_group"}),  # codes of 8 bits have the shape of weights
+    ("2bit", {"family": "binary", "bits": "1-1-4", "planes": 2, "activation_quantizer": "lsq", "position_bits": 8}),
 ]
 
 

@@ -22,6 +22,14 @@ SETTINGS = [
         ("2-2-32", "symmetric", "per_row"),
         ("32-32-32", "symmetric", "per_row"),
     ]
+] + [
+    {"family": "binary", "bits": bits, "activation_quantizer": activation, "weight_granularity": granularity}
+    for bits, activation, granularity in [
+        ("1-1-8", "asymmetric", "per_tensor"),
+        ("1-1-4", "lsq", "per_row"),
+        ("1-1-8", "lsq", "per_tensor"),
+        ("1-1-8", "pact", "per_tensor"),
+    ]
 ]
 
 

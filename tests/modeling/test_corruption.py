@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from math import prod
 
 import pytest
 import torch
@@ -107,8 +108,9 @@ def kind_of(header, kind):
     if kind == "codes":
         return [name for name in names if header[name]["dtype"] == "U8"]
     if kind == "scale":
-        return [name for name in names if name.endswith("weight_scale")]
-    return [name for name in names if header[name]["dtype"] == "F32" and not name.endswith("weight_scale")]
+        return [name for name in names if name.endswith(("weight_scale", "_quantizer.step"))]
+    floats = [name for name in names if header[name]["dtype"] == "F32"]
+    return [name for name in floats if not name.endswith(("weight_scale", "_quantizer.step"))]
 
 
 def put(entry, data, values, rng):
@@ -130,8 +132,10 @@ def bad_float(header, data, name, rng):
 
 def bad_code(header, data, name, rng):
     begin, end = header[name]["data_offsets"]
-    columns = header[name]["shape"][1]
+    columns = header[name]["shape"][-1]
     at = rng.randrange(begin, end)
+    if columns in (5, 7):  # every binary code is one; 36 and 50 columns of 1 bit leave pads in a row's last byte
+        at += columns - 1 - (at - begin) % columns
     data[at] = 128 if columns in (37, 51) else 255  # 36 and 50 columns of 8 bits, and a pad
     return [name, f"row {(at - begin) // columns}, column"]
 
@@ -139,7 +143,7 @@ def bad_code(header, data, name, rng):
 def bad_pad(header, data, name, rng):
     """Something in the unused places of a row's last byte: 50 columns in 13 bytes of 4, 36 columns in 8 bytes of 5."""
     begin, end = header[name]["data_offsets"]
-    columns = header[name]["shape"][1]
+    columns = header[name]["shape"][-1]
     if columns not in (13, 8):
         return bad_code(header, data, name, rng)
     row = rng.randrange(header[name]["shape"][0])
@@ -149,7 +153,7 @@ def bad_pad(header, data, name, rng):
 
 def other_shape(header, data, name, rng):  # noqa: ARG001
     shape = header[name]["shape"]
-    choices = [shape[::-1], [1, *shape], [shape[0] * shape[1]] if len(shape) > 1 else [shape[0], 1]]
+    choices = [shape[::-1], [1, *shape], [prod(shape)] if len(shape) > 1 else [*shape, 1]]
     header[name]["shape"] = rng.choice([choice for choice in choices if choice != shape])
     return [name, "shape"]
 
@@ -173,7 +177,7 @@ def narrow(header, data, name, rng):
     shift = (end - begin) // 2
     for entry in (entry for key, entry in header.items() if key != "__metadata__"):
         entry["data_offsets"] = [at - shift if at >= end else at for at in entry["data_offsets"]]
-    return [] if name.endswith("scale") else ["one dtype"]
+    return [name] if name.endswith((".step", "scale")) else ["one dtype"]
 
 
 def remove(header, data, name, rng):  # noqa: ARG001

@@ -251,7 +251,7 @@ def test_configs_are_checked_at_birth(backbone, fields, text):
 
 def test_get_model_class_names_what_is_known():
     for arguments, text in (
-        (("binary", "bert", "base"), "family.*ternary"),
+        (("octal", "bert", "base"), "family.*binary.*ternary"),
         (("ternary", "gpt", "base"), "backbone.*electra"),
         (("ternary", "bert", "causal-lm"), "head.*masked-lm"),
     ):

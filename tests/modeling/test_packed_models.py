@@ -22,8 +22,9 @@ from tiny import (
 from transformers import AutoConfig
 
 from modeling_qbert import CheckpointError, get_model_class
+from modeling_qbert.integration import _HEADS as AUTO_CLASSES
 from modeling_qbert.layers import PackedEmbedding, PackedLinear
-from modeling_qbert.modeling_ternary import _AUTO_CLASSES, HEADS
+from modeling_qbert.modeling_ternary import HEADS
 from modeling_qbert.packing import PACKINGS
 from modeling_qbert.quantizers import GRANULARITIES, WEIGHT_QUANTIZERS
 
@@ -76,14 +77,15 @@ def test_settings_survive_a_file(setting, packing, tmp_path):
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("backbone, head", EVERY_HEAD)
-def test_every_head_through_a_file_and_auto_classes(backbone, head, packing, tmp_path):
-    model = latent(backbone, head)
+@pytest.mark.parametrize("family", ["ternary", "binary"])
+def test_every_head_through_a_file_and_auto_classes(family, backbone, head, packing, tmp_path):
+    model = latent(backbone, head, family=family, **({"planes": 2} if family == "binary" else {}))
     given, expected = inputs(head), answers(model, inputs(head))
     packed = model.pack(packing)
     assert packed.is_packed and not model.is_packed
     assert torch.equal(answers(packed, given), expected)
     packed.save_pretrained(tmp_path / "one")
-    loaded, info = _AUTO_CLASSES[head].from_pretrained(tmp_path / "one", output_loading_info=True)
+    loaded, info = AUTO_CLASSES[head][1].from_pretrained(tmp_path / "one", output_loading_info=True)
     assert type(loaded) is type(model) and loaded.is_packed
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same_codes(model, loaded)

@@ -3,17 +3,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_qbert.packing import PACKINGS, find_invalid_code, pack_codes, packed_columns, unpack_codes
+from modeling_qbert.packing import find_invalid_code, pack_codes, packed_columns, unpack_codes
 
 
-DIGITS = {"2bit": 4, "dense": 5}
-EVERY_LAYOUT = (*PACKINGS, "int8")
+DIGITS = {"1bit": 8, "2bit": 4, "dense": 5, "3bit": 2, "4bit": 2}
+EVERY_LAYOUT = (*DIGITS, "int8")
 
 
 def random_codes(rows, columns, packing, seed=0):
-    bound = 127 if packing == "int8" else 1
+    bound = {"int8": 127, "4bit": 7, "3bit": 3}.get(packing, 1)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-bound, bound + 1, (rows, columns), generator=generator, dtype=torch.int8)
+    codes = torch.randint(-bound, bound + 1, (rows, columns), generator=generator, dtype=torch.int8)
+    return torch.where(codes >= 0, 1, -1).to(torch.int8) if packing == "1bit" else codes
 
 
 @pytest.mark.parametrize("packing", EVERY_LAYOUT)
@@ -35,6 +36,12 @@ def test_layouts_drawn_in_the_docstring():
     assert pack_codes(codes, "2bit").tolist() == [[0b10_10_01_00, 0b00_00_10_00]]
     assert pack_codes(codes, "dense").tolist() == [[0 + 3 * 1 + 9 * 2 + 27 * 2 + 81 * 0, 2]]
     assert pack_codes(torch.tensor([[-127, -1, 0, 127]], dtype=torch.int8), "int8").tolist() == [[129, 255, 0, 127, 0]]
+    binary = torch.tensor([[-1, 1, 1, -1, -1, -1, -1, 1, 1, -1]], dtype=torch.int8)
+    assert pack_codes(binary, "1bit").tolist() == [[0b1000_0110, 0b0000_0001]]
+    small = torch.tensor([[-7, 0, 7]], dtype=torch.int8)
+    assert pack_codes(small, "4bit").tolist() == [[0x81, 0x0F]]
+    assert pack_codes(small.clamp(-3, 3), "3bit").tolist() == [[0x85, 0x0B]]
+    assert [packed_columns(n, "1bit") for n in (1, 8, 9, 768)] == [1, 1, 2, 96]
     assert [packed_columns(n, "2bit") for n in (1, 4, 5, 768)] == [1, 1, 2, 192]
     assert [packed_columns(n, "dense") for n in (1, 5, 6, 768)] == [1, 1, 2, 154]
 
@@ -47,16 +54,18 @@ def test_packing_reads_any_memory_order(packing):
 
 
 @pytest.mark.parametrize("columns", [1, 3, 4, 5, 7, 10, 22])
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", DIGITS)
 def test_every_byte_value(packing, columns):
     """In the first and the last byte of a row, exactly the bytes that some codes pack to are clean."""
     clean = pack_codes(random_codes(3, columns, packing), packing)
     digits = DIGITS[packing]
     for byte in {0, clean.shape[1] - 1}:
         used = min(digits, columns - byte * digits)
-        codes = torch.cartesian_prod(*[torch.tensor([-1, 0, 1], dtype=torch.int8)] * used).view(-1, used)
+        bound = {"3bit": 3, "4bit": 7}.get(packing, 1)
+        alphabet = torch.tensor([-1, 1] if packing == "1bit" else range(-bound, bound + 1), dtype=torch.int8)
+        codes = torch.cartesian_prod(*[alphabet] * used).view(-1, used)
         legal = set(pack_codes(codes, packing).flatten().tolist())
-        assert len(legal) == 3**used
+        assert len(legal) == len(alphabet) ** used
         for value in range(256):
             packed = clean.clone()
             packed[2, byte] = value
@@ -70,6 +79,15 @@ def test_every_byte_value(packing, columns):
                     pairs = [value >> 2 * k & 3 for k in range(4)]
                     wrong = next(k for k, pair in enumerate(pairs) if pair == 3 or (k >= used and pair))
                     assert column == byte * digits + wrong
+
+
+def test_planes_follow_each_other():
+    planes = torch.stack([random_codes(3, 11, "1bit", seed) for seed in range(2)])
+    packed = pack_codes(planes, "1bit")
+    assert packed.shape == (2, 3, 2) and torch.equal(packed[1], pack_codes(planes[1], "1bit"))
+    assert torch.equal(unpack_codes(packed, 11, "1bit"), planes)
+    packed[1, 2, 1] |= 128
+    assert find_invalid_code(packed, 11, "1bit") == (5, 15, 1)
 
 
 def test_first_of_many_and_their_count():

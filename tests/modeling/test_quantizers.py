@@ -13,6 +13,7 @@ from modeling_qbert.quantizers import (
     codes_from_lat_scale,
     expand_scale,
     lat_scale,
+    quantize_bwn,
     quantize_symmetric,
     quantize_twn,
     scale_shape,
@@ -47,6 +48,14 @@ def test_twn_by_hand():
     check(quantize_twn(weight, "per_tensor", GROUP), [[1, -1, 0, 0], [0, 0, 0, 1]], [[2.0]])
     # groups of 3 and 1 columns: the short group's mean is over its one weight
     check(quantize_twn(weight, "per_group", GROUP), [[1, -1, 0, 1], [0, 1, -1, 1]], [[1.5, 0.5], [0.3, 3.0]])
+
+
+def test_bwn_by_hand():
+    weight = torch.tensor([[1.0, -2.0, 0.1, 0.5], [0.0, 0.3, -0.3, 3.0]])
+    codes = [[1, -1, 1, 1], [1, 1, -1, 1]]
+    check(quantize_bwn(weight, "per_row", GROUP), codes, [[0.9], [0.9]])
+    check(quantize_bwn(weight, "per_tensor", GROUP), codes, [[0.9]])
+    check(quantize_bwn(weight, "per_group", GROUP), codes, [[3.1 / 3, 0.5], [0.2, 3.0]])
 
 
 def test_threshold_is_strict():
@@ -95,7 +104,7 @@ def test_every_weight_quantizer(quantizer, granularity, shape):
     weight = torch.randn(shape)
     quantized = quantize(quantizer, weight, granularity)
     bits = WEIGHT_QUANTIZERS[quantizer][0]
-    bound = 1 if bits == 2 else 127
+    bound = 1 if bits <= 2 else 2 ** (bits - 1) - 1
     assert quantized.codes.dtype == torch.int8 and quantized.codes.shape == shape
     assert quantized.codes.abs().max() <= bound
     assert quantized.scale.shape == scale_shape(*shape, granularity, GROUP)
@@ -103,7 +112,7 @@ def test_every_weight_quantizer(quantizer, granularity, shape):
     error = (dequantize_weight(quantized, GROUP) - weight).abs()
     scale = expand_scale(quantized.scale, shape[1], GROUP)
     inside = weight.abs() <= scale * bound
-    slack = 1.0 if quantizer == "twn" else 0.5
+    slack = {"twn": 1.0, "bwn": 1.0, "centered": 3.0}.get(quantizer, 0.5)  # the least that tells rubbish apart
     assert bool((error <= slack * scale * (1 + 1e-5))[inside].all())
     if granularity != "per_tensor":  # a row is quantized alone: embeddings quantize only the rows looked up
         alone = quantize(quantizer, weight[:1], granularity)
@@ -112,9 +121,13 @@ def test_every_weight_quantizer(quantizer, granularity, shape):
 
 @pytest.mark.parametrize("quantizer, granularity", EVERY_WEIGHT)
 def test_zero_groups_are_zero_and_finite(quantizer, granularity):
-    weight = torch.zeros(3, 7)
+    weight, bits = torch.zeros(3, 7), WEIGHT_QUANTIZERS[quantizer][0]
     quantized = quantize(quantizer, weight, granularity)
-    assert not quantized.codes.any() and bool((quantized.scale > 0).all())
+    assert bool((quantized.scale > 0).all()) and not (quantized.scale > 1e-20).any()
+    if bits == 1:
+        assert bool((quantized.codes == 1).all())  # zero is +1 in the binary alphabet
+        return
+    assert not quantized.codes.any()
     weight[1, 6] = 2.0
     quantized = quantize(quantizer, weight, granularity)
     value = dequantize_weight(quantized, GROUP)

@@ -59,7 +59,7 @@ def bert_base():
 @pytest.mark.parametrize("packing, limit", [("2bit", 29_600_000), ("dense", 24_600_000)])
 def test_bert_base_fits(bert_base, packing, limit, tmp_path):
     bert_base.pack(packing).save_pretrained(tmp_path)
-    files = sum(file.stat().st_size for file in tmp_path.iterdir())
+    files = sum(file.stat().st_size for file in tmp_path.iterdir() if file.suffix != ".py")  # the code travels along
     assert files <= limit
     verify_checkpoint(tmp_path)
     report = checkpoint_report(tmp_path)

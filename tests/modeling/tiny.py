@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from modeling_qbert import get_model_class
 from modeling_qbert.layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from modeling_qbert.modeling_ternary import HEADS
+from modeling_qbert.quantizers import LsqQuantizer, PactQuantizer
 
 
 # Odd on purpose: 36 columns are no whole number of 5-code bytes, 50 none of 4-code bytes; 7 leaves a short group.
@@ -28,18 +29,24 @@ EVERY_HEAD = [(backbone, head) for backbone, heads in HEADS.items() for head in 
 LAYERS = QuantLinear | QuantEmbedding | PackedLinear | PackedEmbedding
 
 
-def config(backbone: str, **fields):
-    return HEADS[backbone]["base"].config_class(**{**ODD, **BACKBONE_SIZES.get(backbone, {}), **fields})
+def config(backbone: str, family: str = "ternary", **fields):
+    return get_model_class(family, backbone, "base").config_class(
+        **{**ODD, **BACKBONE_SIZES.get(backbone, {}), **fields}
+    )
 
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Weights large enough that every tensor shows in the answer (the usual 0.02 hides most mistakes)."""
     generator = torch.Generator().manual_seed(seed)
+    learned = [module for module in model.modules() if isinstance(module, LsqQuantizer | PactQuantizer)]
+    state = {id(parameter) for module in learned for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
+        if id(parameter) in state:
+            continue
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() > 1:
-            parameter.copy_(noise / (1 if "embeddings." in name else math.sqrt(parameter.shape[1])))
+            parameter.copy_(noise / (1 if "embeddings." in name else math.sqrt(parameter.shape[-1])))
         else:
             parameter.copy_(noise * 0.3 + ("LayerNorm.weight" in name))
     for module in model.modules():
@@ -50,8 +57,12 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def latent(backbone: str = "bert", head: str = "sequence-classification", seed: int = 0, **fields) -> nn.Module:
-    return randomize(get_model_class("ternary", backbone, head)(config(backbone, **fields)), seed)
+def latent(
+    backbone: str = "bert", head: str = "sequence-classification", seed: int = 0, family: str = "ternary", **fields
+) -> nn.Module:
+    model = randomize(get_model_class(family, backbone, head)(config(backbone, family, **fields)), seed)
+    model.calibrate(**inputs(head))
+    return model
 
 
 def inputs(head: str = "base", batch: int = 3, tokens: int = 11, seed: int = 1) -> dict[str, Tensor]:

@@ -220,13 +220,13 @@ def test_a_sub_network_of_a_sub_network():
     torch.testing.assert_close(logits(twice, batch), logits(direct, batch), rtol=0, atol=1e-6)
 
 
-def test_a_sub_network_has_memory_of_its_own():
+def test_what_is_cut_has_memory_of_its_own():
     model = make_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        for parameter in subnetwork(model, 0.5).parameters():
-            parameter.zero_()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    state, _ = cut(model.state_dict(), model.config, 0.5)
+    for name, value in state.items():
+        assert value.is_contiguous()
+        if value.shape != model.state_dict()[name].shape:
+            assert value.untyped_storage().nbytes() == value.nbytes
 
 
 def test_tied_decoder_stays_tied(tmp_path):
@@ -413,6 +413,16 @@ def test_sub_networks_run_in_mixed_precision_too(tmp_path):
         narrow.classifier.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
     trainer.train()
     assert seen == [torch.bfloat16] * len(WIDTHS)
+
+
+def test_sub_networks_drop_out_too(tmp_path):
+    student = make_model(hidden_dropout_prob=0.3)
+    trainer = make_trainer(tmp_path, student, make_teacher(), rows=make_rows(1) * 8, max_steps=1)
+    spread = []
+    for narrow in (student, *(network for _, network in trainer._narrow)):
+        narrow.register_forward_hook(lambda *args: spread.append(args[-1].logits.std(0).max().item()))
+    trainer.train()
+    assert len(spread) == len(WIDTHS) and min(spread) > 1e-2
 
 
 def test_evaluation_is_that_of_the_full_width(tmp_path):

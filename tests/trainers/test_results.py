@@ -8,7 +8,15 @@ import pytest
 from trainers import results as module
 from trainers import tables
 from trainers.results import environment, load_results, read_results, write_atomic, write_results
-from trainers.tables import escape_markdown, plot_results, plot_training, published_drop, render_table, variant_of
+from trainers.tables import (
+    escape_markdown,
+    plot_results,
+    plot_sizes,
+    plot_training,
+    published_drop,
+    render_table,
+    variant_of,
+)
 
 
 DIGEST = "0123456789abcdef" * 4
@@ -253,6 +261,31 @@ def test_published_drop_needs_the_published_bits_and_the_last_stage():
     assert published_drop(results) is None
 
 
+@pytest.mark.parametrize(
+    "stages, drop",
+    [
+        ([{"init": "pruned"}, {"init": "split", "quantization": {"bits": "1-1-8", "planes": 2}}], 59.7 - 53.4),
+        ([{"init": "pruned"}, {"init": "split", "quantization": {"bits": "1-1-4", "planes": 2}}], 59.7 - 44.4),
+        ([{"init": "teacher", "quantization": {"bits": "1-1-8", "planes": 1}}], 59.7 - 46.7),
+        ([{"init": "teacher", "quantization": {"bits": "1-1-4"}}], 59.7 - 34.8),
+        # Nothing of that kind is published: half width without the split, some modules split, other bits.
+        ([{"init": "pruned"}, {"quantization": {"bits": "2-2-8", "weight_quantizer": "twn"}}], None),
+        ([{"init": "pruned"}, {"quantization": {"bits": "1-1-8"}}], None),
+        (
+            [
+                {"init": "pruned", "split_megabytes": 3.5},
+                {"init": "split", "quantization": {"bits": "1-1-8", "planes": 2}},
+            ],
+            None,
+        ),
+        ([{"quantization": {"bits": "1-1-1"}}], None),
+    ],
+)
+def test_published_drop_of_binary_networks(stages, drop):
+    found = published_drop(make_results(task="cola", recipe={"stages": stages}))
+    assert found == (None if drop is None else pytest.approx(drop, abs=0.01))
+
+
 def test_table_has_mean_spread_seeds_and_drop_against_the_own_teacher():
     results = [
         make_results(seed=42, teacher=0.91, packed=0.90),
@@ -346,6 +379,19 @@ def test_one_panel_per_task_and_no_empty_ones(monkeypatch):
     plot_results([make_results(task) for task in ("rte", "sst2", "mrpc", "other")], "unused.png")
     assert [axis.get_title().splitlines()[0] for axis in figure.axes] == ["SST-2", "MRPC", "RTE", "other"]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["teacher", "twn"]
+
+
+def test_sizes_are_drawn_for_variants_with_every_task(monkeypatch):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    monkeypatch.setattr(tables, "_save_figure", lambda draw, _size, _path: draw(figure))
+    whole = [make_results(task, "whole", packed=score) for task, score in (("sst2", 0.9), ("mrpc", 0.7))]
+    plot_sizes([*whole, make_results("sst2", "part")], "unused.png")
+    (axis,) = figure.axes
+    points = {note.get_text(): tuple(line.get_xydata()[0]) for note, line in zip(axis.texts, axis.lines, strict=True)}
+    assert points.keys() == {"teacher", "whole"}
+    assert points["whole"] == pytest.approx((6.1, 80.0)) and points["teacher"][0] == pytest.approx(90.9)
 
 
 def test_figures_are_png_and_leave_the_backend_alone(tmp_path):

@@ -1,5 +1,6 @@
 """The runner end to end on a tiny random backbone: teacher, stages, pack, proof in a fresh process, card, resume."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
@@ -164,6 +166,63 @@ def test_other_backbones(workplace, tmp_path, backbone):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "packed")
     assert type(model).__name__ == f"Ternary{backbone.capitalize()}ForSequenceClassification"
     assert model.config.quantization_config.packing == "dense"
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_binarybert_by_its_recipe(workplace, tmp_path, backbone):
+    """Prune, ternarize, split: BinaryBERT's stages as the example recipe has them, W1A4 with learned step sizes."""
+    recipe = Recipe.from_yaml(
+        Path(__file__).parents[2] / "examples" / "recipes" / "binarybert-w1a4.yaml",
+        [
+            "data.task=rotten_tomatoes",
+            f"data.path={workplace / 'data'}",
+            "data.max_length=24",
+            f"teacher.model={workplace / backbone}",
+            "training.max_steps=3",
+            "training.bf16=false",
+        ],
+    )
+    results = run_recipe(recipe, tmp_path / "run", teachers=tmp_path / "teachers")
+    assert results["packed"]["max_logit_difference"] == 0.0
+    assert [stage["name"] for stage in results["stages"]] == ["half", "ternary-features", "ternary", "split"]
+    assert all("accuracy" in stage["metrics"] for stage in results["stages"])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "packed")
+    config = model.config
+    assert (config.bits, config.planes, config.num_attention_heads, config.head_dim) == ("1-1-4", 2, 1, 16)
+    assert config.intermediate_size == 24 and config.hidden_act == "relu"
+    # A run that ends with an earlier stage finds it done, and a float network ends a run as well.
+    half = dataclasses.replace(recipe, last_stage="half")
+    first = run_recipe(half, tmp_path / "half", teachers=tmp_path / "teachers")
+    assert first["packed"]["metrics"] == results["stages"][0]["metrics"] and first["stages"][0]["steps"] == 3
+
+
+def test_adaptive_splitting_by_its_recipe(workplace, tmp_path):
+    """Only the chosen modules are ternary and then split, within the size asked for."""
+    overrides = [
+        "data.task=rotten_tomatoes",
+        f"data.path={workplace / 'data'}",
+        "data.max_length=24",
+        f"teacher.model={workplace / 'bert'}",
+        "training.max_steps=3",
+        "training.bf16=false",
+    ]
+    path = Path(__file__).parents[2] / "examples" / "recipes" / "binarybert-adaptive-w1a8.yaml"
+    plain_size = 0
+    for megabytes, selection in ((None, "gain"), (0.0465, "gain"), (0.0465, "smallest_gain"), (1, "gain")):
+        chosen = [f"stages.2.split_megabytes={json.dumps(megabytes)}", f"stages.2.split_selection={selection}"]
+        if megabytes is None:
+            chosen += ["stages.3.init=previous", "stages.3.quantization.planes=1"]
+        output = tmp_path / f"{megabytes}-{selection}"
+        results = run_recipe(Recipe.from_yaml(path, overrides + chosen), output, teachers=tmp_path / "teachers")
+        config = AutoConfig.from_pretrained(output / "packed")
+        size = results["packed"]["bytes"]
+        assert results["packed"]["max_logit_difference"] == 0.0 and config.ternary_modules is None
+        if megabytes is None:
+            plain_size = size
+            assert config.planes == 1 and plain_size < 46_500
+        else:
+            assert config.planes == 2 and plain_size < size <= 1e6 * megabytes
+            assert config.split_modules
 
 
 def test_killed_and_started_again_ends_in_the_same_file(finished, tmp_path):

@@ -93,10 +93,16 @@ def test_missing_tensors_are_named():
         split_state_dict({"a": torch.zeros(2, 2)}, {"query": "per_tensor"}, set())
 
 
-def stage(split_modules=None, **quantization):
+def stage(**quantization):
     fields = {"bits": "1-1-8", "planes": 2, **quantization}
     stages = [{"name": "ternary"}, {"name": "split", "init": "split", "quantization": fields}]
-    recipe = {"name": "tiny", "family": "binary", "data": {"task": "sst2"}, "teacher": {"model": "x"}, "stages": stages}
+    recipe = {
+        "name": "tiny",
+        "family": "binary",
+        "data": {"task": "sst2"},
+        "teacher": {"model": "x"},
+        "stages": stages,
+    }
     recipe = Recipe.from_dict(recipe)
     return recipe, recipe.stages[1]
 

@@ -1,0 +1,152 @@
+"""What torch and accelerate do with a model: one compiled graph, exports, device maps, workers, casts."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny import answers, inputs
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoModel
+from zoo import BACKBONES, FAMILIES, build
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_model_is_one_graph(family):
+    model, given = build(family, "bert", state="packed", num_hidden_layers=1), inputs()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(**given).logits
+        torch.testing.assert_close(compiled(**given).logits, expected, atol=1e-6, rtol=1e-6)
+    assert model.is_packed and compiled.is_packed
+
+
+def loss_and_gradients(model, run):
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loss = run(**inputs(), labels=torch.tensor([0, 1, 0])).loss
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_compiles(family):
+    one = build(family, "bert", num_hidden_layers=1, attention_probs_dropout_prob=0.0)
+    two = copy.deepcopy(one)
+    eager = loss_and_gradients(one, one)
+    for found, expected in zip(loss_and_gradients(two, torch.compile(two, backend="aot_eager")), eager):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_export_may_come_first(fresh_process):
+    fresh_process("export_first.py")
+
+
+def device_map(model, place):
+    """Everything on the CPU, the encoder on `place`."""
+    base = {f"{model.base_model_prefix}.{name}": "cpu" for name, _ in model.base_model.named_children()}
+    heads = {name: "cpu" for name, module in model.named_children() if module is not model.base_model}
+    return base | heads | {f"{model.base_model_prefix}.encoder": place}
+
+
+@pytest.mark.parametrize("state", ["latent", "packed"])
+@pytest.mark.parametrize("family, backbone", BACKBONES)
+def test_device_maps(family, backbone, state, tmp_path):
+    model, given = build(family, backbone, state=state), inputs()
+    expected = answers(model, given)
+    model.save_pretrained(tmp_path / "saved")
+    for places in ("cpu", "auto", {"": "cpu"}, device_map(model, "cpu"), device_map(model, "disk")):
+        offloaded = isinstance(places, dict) and "disk" in places.values()
+        loaded = type(model).from_pretrained(tmp_path / "saved", device_map=places, offload_folder=tmp_path / "away")
+        for _ in range(2):
+            assert torch.equal(answers(loaded, given), expected), places
+        assert torch.equal(answers(copy.deepcopy(loaded), given), expected)
+        if not offloaded:
+            loaded.save_pretrained(tmp_path / "again")
+            path = "model.safetensors"
+            assert (tmp_path / "again" / path).read_bytes() == (tmp_path / "saved" / path).read_bytes()
+    refused = [loaded.pack, loaded.dequantize]
+    if state == "packed":
+        refused.append(lambda: loaded.save_pretrained(tmp_path / "other"))
+    else:  # Transformers reads latent weights back when it saves them
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded.save_pretrained(tmp_path / "other")
+        assert torch.equal(answers(type(model).from_pretrained(tmp_path / "other"), given), expected)
+    for call in refused:
+        with pytest.raises(ValueError, match=r"tensor '.*encoder.*' is offloaded; load the model with every part"):
+            call()
+
+
+class Answers(Dataset):
+    """Rows computed by a model inside the worker."""
+
+    def __init__(self, model):
+        self.model, self.given = model, inputs()
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, row):
+        with torch.no_grad():
+            return self.model(**{name: tensor[row : row + 1] for name, tensor in self.given.items()}).logits[0]
+
+
+def test_models_travel_to_workers():
+    """Latent and packed models of every family are pickled to a spawned worker, and answer there as here."""
+    states = [build(family, "bert", state=state) for family in FAMILIES for state in ("latent", "packed")]
+    rows = torch.utils.data.ConcatDataset([Answers(model) for model in states])
+    expected = torch.stack([row for row in rows])
+    found = torch.cat(list(DataLoader(rows, batch_size=3, num_workers=1, multiprocessing_context="spawn")))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family, backbone", BACKBONES)
+def test_a_cast_latent_model_packs_to_what_it_answers(family, backbone, dtype):
+    """Codes come from the cast weights, scales of a packed model are fp32 whatever the model is."""
+    model, given = build(family, backbone), inputs()
+    expected = answers(model, given)
+    model.to(dtype)
+    found = answers(model, given)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, atol=0.5, rtol=0.2)
+    packed = model.pack()
+    assert torch.equal(answers(packed, given), found)
+    scales = [tensor for name, tensor in packed.state_dict().items() if name.endswith("weight_scale")]
+    assert scales and all(scale.dtype == torch.float32 for scale in scales)
+
+
+@pytest.mark.parametrize("family, backbone", BACKBONES)
+def test_the_backbone_alone_is_saved_packed(family, backbone, tmp_path):
+    """`model.base_model` is a plain Transformers class; its file is a checked one all the same."""
+    given = inputs()
+    made = build(family, backbone, state="packed")
+    made.save_pretrained(tmp_path / "whole")
+    for number, model in enumerate((made, type(made).from_pretrained(tmp_path / "whole"))):
+        model.base_model.save_pretrained(tmp_path / str(number))
+        pooler = {} if getattr(model.base_model, "pooler", True) is not None else {"add_pooling_layer": False}
+        loaded = AutoModel.from_pretrained(tmp_path / str(number), **pooler)
+        with torch.no_grad():
+            assert torch.equal(loaded(**given)[0], model.base_model(**given)[0])
+
+
+def test_attentions_may_be_asked_for_in_the_config(tmp_path):
+    model, given = build("ternary", "bert"), inputs()
+    with torch.no_grad():
+        expected = model(**given, output_attentions=True).attentions
+    model.config.output_attentions = True
+    model.save_pretrained(tmp_path)
+    for other in (model, type(model).from_pretrained(tmp_path)):
+        with torch.no_grad():
+            found = other(**given).attentions
+        assert len(found) == 2 and all(torch.equal(one, two) for one, two in zip(found, expected))

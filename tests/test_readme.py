@@ -1,0 +1,29 @@
+"""README's tables are what `qbert table` makes of the committed results."""
+
+from pathlib import Path
+
+import pytest
+
+from trainers import cli
+from trainers.tables import update_tables
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_tables_are_rendered_from_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert update_tables(text, ROOT) == text, "render them again: qbert table --update README.md"
+
+
+def test_update_replaces_blocks_alone(tmp_path, capsys):
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- qbert table results/ternarybert-glue -->\n| old |\n<!-- end -->\nafter\n")
+    assert cli.main(["table", "--update", str(path)]) == 0
+    text = path.read_text()
+    assert text.startswith("before\n<!-- qbert") and text.endswith("<!-- end -->\nafter\n")
+    assert "| old |" not in text and "SST-2 (accuracy)" in text
+    assert update_tables(text, tmp_path) == text and not capsys.readouterr().out
+    with pytest.raises(ValueError, match="found none"):
+        update_tables("no block", tmp_path)
