@@ -36,9 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     augment.add_argument("--words", type=int, default=15, help="candidates a word (default: 15)")
     augment.add_argument("--copies", type=int, help="draws a sentence (default: TinyBERT's number for the task)")
     augment.add_argument("--probability", type=float, default=0.4, help="of replacing a word (default: 0.4)")
-    augment.add_argument(
-        "--samples", type=int, help="at most so many rows; a recipe needs its max_train_samples equal"
-    )
+    augment.add_argument("--samples", type=int, help="at most so many rows, as max_train_samples of a recipe")
     augment.add_argument("--seed", type=int, default=0)
     augment.add_argument("--output", default="augmented", help="rows go to OUTPUT/TASK; the same call continues there")
 

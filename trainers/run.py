@@ -249,7 +249,8 @@ class _Run:
         trainer.train(resume_from_checkpoint=True if resume else None)
         history = trainer.state.log_history
         write_atomic(folder / "log.json", json.dumps(history, indent=1).encode())
-        plot_training(history, folder / "training.png")
+        if any("loss" in entry or "eval_loss" in entry for entry in history):  # a short run may have logged nothing
+            plot_training(history, folder / "training.png")
         losses = next((entry for entry in reversed(history) if "loss" in entry), {})
         return {
             "name": name,

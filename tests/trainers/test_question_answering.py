@@ -285,7 +285,7 @@ def test_what_squad_cannot_do_fails_before_training(finished, tmp_path):
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ({"text": ["cat"], "answer_start": [1]}, "expected answers that stand in the context, found 'cat' at 1 in row 0"),
+        ({"text": ["cat"], "answer_start": [1]}, "answers that stand in the context, found 'cat' at 1 in row 0"),
         ({"text": ["cat"], "answer_start": []}, "many texts as starts in column 'answers', found 1 and 0 in row 0"),
         ({"text": [], "answer_start": []}, "expected an answer, and as many"),
         ("cat", "expected lists 'text' and 'answer_start' in column 'answers'"),
