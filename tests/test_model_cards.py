@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, pipeline
 
 import modeling_qbert
+from trainers.question_answering import answer
 from trainers.recipe import DataSpec
 from trainers.results import read_results
 from trainers.run import evaluate_checkpoint
@@ -40,6 +41,13 @@ def test_bytes_are_those_of_the_results(folder):
 def test_pipeline_answers_as_recorded(folder):
     """`golden.json`: sentences with the label and score that the checkpoint gave when it was published."""
     golden = json.loads((folder / "golden.json").read_text())
+    if isinstance(golden[0][0], dict) and "question" in golden[0][0]:
+        model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        unanswerable = read_results(folder / "results.json")["task"] == "squad_v2"
+        for asked, text, probability in golden:
+            found = answer(model, tokenizer, **asked, unanswerable=unanswerable)
+            assert (found["answer"], found["score"]) == (text, pytest.approx(probability, abs=2e-2))
+        return
     classify = pipeline("text-classification", model=str(folder))
     for text, label, score in golden:
         answer = classify(text)
@@ -50,7 +58,8 @@ def test_pipeline_answers_as_recorded(folder):
 
 
 def test_saving_again_gives_the_same_bytes(folder, tmp_path):
-    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path)
+    (architecture,) = AutoConfig.from_pretrained(folder).architectures
+    getattr(modeling_qbert, architecture).from_pretrained(folder).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 

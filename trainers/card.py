@@ -131,9 +131,19 @@ def _check_weights(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def _usage(tag: str, model_id: str, example: Sequence[str]) -> str:
-    if tag == "question-answering":
-        call = f"question={example[0]!r}, context={example[-1]!r}"
-    elif len(example) == 2:
+    if tag == "question-answering":  # Transformers 5 has no pipeline for it
+        return _fenced(
+            "# pip install qbert-zoo\n"
+            "import modeling_qbert  # registers the low-bit families with the Auto classes\n"
+            "from trainers.question_answering import answer\n"
+            "from transformers import AutoModelForQuestionAnswering, AutoTokenizer\n"
+            "\n"
+            f"model = AutoModelForQuestionAnswering.from_pretrained({model_id!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({model_id!r})\n"
+            f"print(answer(model, tokenizer, question={example[0]!r}, context={example[-1]!r}))",
+            "python",
+        )
+    if len(example) == 2:
         call = repr({"text": example[0], "text_pair": example[1]})
     else:
         call = repr(example[0])
@@ -309,19 +319,24 @@ def build_card(
         datasets = [task.dataset] if task and task.dataset else []
     if example is None:
         example = ["a gripping, funny film"]
-        if task is not None and task.text_pair is not None:
+        if tag == "question-answering":
+            example = ["When was the lighthouse built?", "The lighthouse on the northern cape was built in 1871."]
+        elif task is not None and task.text_pair is not None:
             example = ["A man is playing a guitar.", "Someone plays an instrument."]
+    # A further split's metrics have its name at their end.
+    further = {split.removeprefix("validation_"): split for split in (task.eval_splits[1:] if task else ())}
+    named = [(metric, metric.rpartition("_")) for metric in results["packed"]["metrics"]]
     scores = [
         EvalResult(
             task_type=tag,
             dataset_type=datasets[0] if datasets else "own-data",
             dataset_name=task_label(results["task"]),
             dataset_config=task.name if task else None,
-            dataset_split=results["split"],
-            metric_type=metric,
-            metric_value=value,
+            dataset_split=further.get(end, results["split"]),
+            metric_type=base if end in further else metric,
+            metric_value=results["packed"]["metrics"][metric],
         )
-        for metric, value in results["packed"]["metrics"].items()
+        for metric, (base, _, end) in named
     ]
     own_tags = ["qbert", "quantization", "low-bit", config.get("model_type"), config.get("weight_quantizer")]
     data = _CardData(

@@ -21,10 +21,24 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint, packed or not, on a task")
     evaluate.add_argument("checkpoint")
-    evaluate.add_argument("--task", required=True, help="GLUE task or rotten_tomatoes")
+    evaluate.add_argument("--task", required=True, help="GLUE task, rotten_tomatoes, squad or squad_v2")
     evaluate.add_argument("--data", help="Hub data set or local folder (default: the task's on the Hub)")
-    evaluate.add_argument("--split", default="validation")
-    evaluate.add_argument("--max-length", type=int, default=128)
+    evaluate.add_argument("--split", default="validation", help="default: validation, for mnli both of them")
+    evaluate.add_argument("--max-length", type=int, help="tokens (default: 128; squad: 384)")
+    evaluate.add_argument("--null-threshold", type=float, help="squad_v2: by how much no answer must win (default: 0)")
+
+    augment = commands.add_parser("augment", help="training rows with words replaced, as TinyBERT's augmentation")
+    augment.add_argument("--task", required=True, help="GLUE task or rotten_tomatoes")
+    augment.add_argument("--data", help="Hub data set or local folder (default: the task's on the Hub)")
+    augment.add_argument("--split", default="train")
+    augment.add_argument("--model", default="google-bert/bert-base-uncased", help="proposes words")
+    augment.add_argument("--candidates", choices=("masked-lm", "neighbours"), default="masked-lm")
+    augment.add_argument("--words", type=int, default=15, help="candidates a word (default: 15)")
+    augment.add_argument("--copies", type=int, help="draws a sentence (default: TinyBERT's number for the task)")
+    augment.add_argument("--probability", type=float, default=0.4, help="of replacing a word (default: 0.4)")
+    augment.add_argument("--samples", type=int, help="at most so many rows, as max_train_samples of a recipe")
+    augment.add_argument("--seed", type=int, default=0)
+    augment.add_argument("--output", default="augmented", help="rows go to OUTPUT/TASK; the same call continues there")
 
     prune = commands.add_parser("prune", help="keep the most important heads and neurons of a fine-tuned checkpoint")
     prune.add_argument("checkpoint", help="sequence classifier in full precision")
@@ -142,10 +156,39 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         task=arguments.task,
         path=arguments.data or get_task(arguments.task).dataset,
         eval_split=arguments.split,
-        max_length=arguments.max_length,
+        max_length=arguments.max_length or (384 if get_task(arguments.task).kind == "question-answering" else 128),
+        null_threshold=arguments.null_threshold,
     )
     for metric, value in evaluate_checkpoint(arguments.checkpoint, spec).items():
         print(f"{metric:<24}{100 * value:.2f}")
+
+
+def _augment(arguments: argparse.Namespace) -> None:
+    from .augmentation import augment
+    from .data import get_task
+    from .recipe import DataSpec
+
+    path = arguments.data or get_task(arguments.task).dataset
+    eval_split = "validation" if arguments.split != "validation" else "train"
+    spec = DataSpec(
+        task=arguments.task,
+        path=path,
+        train_split=arguments.split,
+        eval_split=eval_split,
+        max_train_samples=arguments.samples,
+    )
+    output = Path(arguments.output) / arguments.task
+    made = augment(
+        spec,
+        output,
+        arguments.model,
+        mode=arguments.candidates,
+        copies=arguments.copies,
+        candidates=arguments.words,
+        probability=arguments.probability,
+        seed=arguments.seed,
+    )
+    print(f"{made['rows']} rows -> {made['augmented']} in {output}; use it with data.augmented={arguments.output}")
 
 
 def _prune(arguments: argparse.Namespace) -> None:
@@ -254,7 +297,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace) -> None:
     from .results import load_results, write_atomic
-    from .tables import plot_results, plot_sizes, render_table, update_tables
+    from .tables import plot_results, plot_sizes, render_metrics, render_table, update_tables
 
     if arguments.update:
         path = Path(arguments.update)
@@ -262,6 +305,8 @@ def _table(arguments: argparse.Namespace) -> None:
         return
     results = load_results(arguments.results)
     print(render_table(results))
+    if metrics := render_metrics(results):
+        print(metrics)
     if arguments.figure:
         plot_results(results, arguments.figure)
     if arguments.size_figure:

@@ -1,8 +1,9 @@
 """Data: the tasks, loading from the Hub or local files, identity of rows, tokenization.
 
 Every loaded split has the columns `text`, `text_pair` (tasks on two sentences) and `label` (a `ClassLabel`, or float32
-for regression), whatever the source calls them. Bad data is a `ValueError` that names the file or data set and the
-field.
+for regression), whatever the source calls them; question answering has `id`, `context`, `question` and `answers`
+(`text` and `answer_start`, lists of equal length, empty where there is no answer). Bad data is a `ValueError` that
+names the file or data set and the field.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -29,15 +30,22 @@ from .recipe import DataSpec
 READERS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "json"}  # file suffix -> `datasets` builder
 GLUE = "nyu-mll/glue"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+ANSWER_COLUMNS = {  # of question answering: those of the Hub's rajpurkar/squad
+    **{name: Value("string") for name in ("id", "context", "question")},
+    "answers": {"text": List(Value("string")), "answer_start": List(Value("int32"))},
+}
+AUGMENTATION = "augmentation.json"  # what `trainers.augmentation` was asked for, in the folder of its shards
 SUBSET_SEED = 0  # max_*_samples must pick the same rows in every run, whatever the run's seed
 
 
 @dataclass(frozen=True)
 class Task:
-    """Columns, labels and metrics of a task. `label_names` in index order; None means regression.
+    """Columns, labels and metrics of a task. `label_names` in index order; None means regression, or question
+    answering, where `unanswerable` says whether there are questions without an answer.
 
     `dataset` and `name` are its Hub data set and configuration. A run is judged by `main_metric`; higher is better in
-    every metric.
+    every metric. `eval_splits` are those that the split "validation" stands for, the first of them judges. `copies` is
+    how many variants of a sentence TinyBERT's augmentation draws.
     """
 
     text: str
@@ -48,10 +56,15 @@ class Task:
     main_metric: str = "accuracy"
     dataset: str | None = GLUE
     name: str | None = None
+    unanswerable: bool | None = None
+    eval_splits: tuple[str, ...] = ("validation",)
+    copies: int | None = None
 
     @property
     def kind(self) -> str:
-        """`classification` or `regression`."""
+        """`classification`, `regression` or `question-answering`."""
+        if self.unanswerable is not None:
+            return "question-answering"
         return "regression" if self.label_names is None else "classification"
 
 
@@ -60,7 +73,8 @@ CORRELATIONS = ("pearson", "spearmanr", "pearson_spearman")
 
 # Columns and label order: the Hub's nyu-mll/glue and cornell-movie-review-data/rotten_tomatoes.
 # Metrics: the GLUE benchmark (Wang et al. 2019, table 1); MRPC and QQP are judged by accuracy, by which TernaryBERT's
-# code selects its checkpoints.
+# code selects its checkpoints. Copies: TinyBERT's code; MNLI and QQP, for which it has 10, are not augmented in the
+# papers' tables.
 TASKS: dict[str, Task] = {
     "cola": Task(
         text="sentence",
@@ -68,9 +82,14 @@ TASKS: dict[str, Task] = {
         metrics=("matthews_correlation", "accuracy"),
         main_metric="matthews_correlation",
         name="cola",
+        copies=30,
     ),
     "mnli": Task(
-        text="premise", text_pair="hypothesis", label_names=("entailment", "neutral", "contradiction"), name="mnli"
+        text="premise",
+        text_pair="hypothesis",
+        label_names=("entailment", "neutral", "contradiction"),
+        name="mnli",
+        eval_splits=("validation_matched", "validation_mismatched"),
     ),
     "mrpc": Task(
         text="sentence1",
@@ -78,8 +97,9 @@ TASKS: dict[str, Task] = {
         label_names=("not_equivalent", "equivalent"),
         metrics=("accuracy", "f1"),
         name="mrpc",
+        copies=30,
     ),
-    "qnli": Task(text="question", text_pair="sentence", label_names=ENTAILMENT, name="qnli"),
+    "qnli": Task(text="question", text_pair="sentence", label_names=ENTAILMENT, name="qnli", copies=20),
     "qqp": Task(
         text="question1",
         text_pair="question2",
@@ -87,19 +107,32 @@ TASKS: dict[str, Task] = {
         metrics=("accuracy", "f1"),
         name="qqp",
     ),
-    "rte": Task(text="sentence1", text_pair="sentence2", label_names=ENTAILMENT, name="rte"),
-    "sst2": Task(text="sentence", label_names=("negative", "positive"), name="sst2"),
+    "rte": Task(text="sentence1", text_pair="sentence2", label_names=ENTAILMENT, name="rte", copies=30),
+    "sst2": Task(text="sentence", label_names=("negative", "positive"), name="sst2", copies=20),
     "stsb": Task(
         text="sentence1",
         text_pair="sentence2",
         metrics=CORRELATIONS,
         main_metric="pearson_spearman",
         name="stsb",
+        copies=30,
     ),
     "wnli": Task(text="sentence1", text_pair="sentence2", label_names=ENTAILMENT[::-1], name="wnli"),
     "rotten_tomatoes": Task(
         text="text", label_names=("neg", "pos"), dataset="cornell-movie-review-data/rotten_tomatoes"
     ),
+    **{
+        name: Task(
+            text="question",
+            text_pair="context",
+            label="answers",
+            metrics=("exact_match", "f1"),
+            main_metric="f1",
+            dataset=f"rajpurkar/{name}",
+            unanswerable=unanswerable,
+        )
+        for name, unanswerable in (("squad", False), ("squad_v2", True))
+    },
 }
 
 
@@ -108,6 +141,13 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"data.task: expected one of {', '.join(sorted(TASKS))}, found {name!r}")
     return TASKS[name]
+
+
+def eval_splits(spec: DataSpec) -> tuple[str, ...]:
+    """The splits a run is evaluated on; it is judged by the first."""
+    if spec.task is not None and spec.eval_split == "validation":
+        return get_task(spec.task).eval_splits
+    return (spec.eval_split,)
 
 
 def task_of(spec: DataSpec, dataset: Dataset | DatasetDict) -> Task:
@@ -121,7 +161,10 @@ def task_of(spec: DataSpec, dataset: Dataset | DatasetDict) -> Task:
 
 
 def label_config(dataset: Dataset | DatasetDict) -> dict[str, Any]:
-    """`num_labels`, `id2label`, `label2id` and `problem_type` of a loaded data set's labels, for a model's config."""
+    """`num_labels`, `id2label`, `label2id` and `problem_type` of a loaded data set's labels, for a model's config;
+    nothing for question answering."""
+    if "answers" in _first(dataset).column_names:
+        return {}
     names = _label_names(dataset)
     problem_type = "regression" if names is None else "single_label_classification"
     names = names or ("LABEL_0",)
@@ -136,20 +179,72 @@ def label_config(dataset: Dataset | DatasetDict) -> dict[str, Any]:
 def load_data(
     spec: DataSpec, splits: Sequence[str] | None = None, label_names: Sequence[str] | None = None
 ) -> DatasetDict:
-    """Loads and checks the splits, with the columns `text`, `text_pair` (if any) and `label`.
+    """Loads and checks the splits, with the columns of the module's docstring.
 
     Args:
         spec: `path` is a local folder with `<split>.<suffix>` or `<task>/<split>.<suffix>` (parquet, csv, json,
             jsonl), one local file holding the one split asked for, or a Hub data set.
-        splits: names of the splits, by default train and evaluation split of `spec`.
+        splits: names of the splits, by default train and evaluation splits of `spec`.
         label_names: classes in index order; by default those of the task. Own data has those of its first split: the
             names of a `ClassLabel`, the sorted strings, 0 up to the highest integer; floats mean regression.
 
     Raises:
         ValueError: path, split, file, column, label or text is wrong; names where, what was expected, what was found.
     """
-    splits = list(splits or (spec.train_split, spec.eval_split))
+    splits = list(splits or (spec.train_split, *eval_splits(spec)))
     task = None if spec.task is None else get_task(spec.task)
+    columns = source_columns(spec)
+    raw = {split: _read(spec, task, split, one_file_ok=len(splits) == 1) for split in splits}
+    for source, dataset in raw.values():
+        _check_columns(dataset, columns, source)
+    if label_names is None and (task is None or task.label_names is not None):
+        source, dataset = raw[splits[0]]
+        label_names = task.label_names if task else _infer_label_names(dataset, columns["label"], source)
+
+    loaded = DatasetDict()
+    for split, (source, dataset) in raw.items():
+        limit = spec.max_train_samples if split == spec.train_split else None
+        limit = spec.max_eval_samples if split in eval_splits(spec) else limit
+        loaded[split] = _subset(_normalised(dataset, columns, label_names, task, source), limit)
+    return loaded
+
+
+def load_augmented(spec: DataSpec, train: Dataset) -> Dataset:
+    """The rows of `spec.augmented`, with the columns and label names of the loaded training split `train`.
+
+    Raises:
+        ValueError: besides what `load_data` refuses: the augmentation is unfinished, or of other rows than `train`.
+    """
+    root = Path(spec.augmented).expanduser()
+    folder = next((path for path in (root, root / (spec.task or ".")) if (path / AUGMENTATION).is_file()), None)
+    if folder is None and not root.is_file():
+        raise ValueError(f"data.augmented: expected a file or a folder that qbert augment wrote, found none at {root}")
+    files = [root]
+    if folder is not None:
+        made = json.loads((folder / AUGMENTATION).read_text())
+        if made["rows"] != data_identity(train):
+            raise ValueError(f"{folder}: expected rows made of this training split, found those of {made['rows']}")
+        files = [folder / shard_name(index) for index in range(made["shards"])]
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise ValueError(f"{folder}: expected {len(files)} shards, missing {len(missing)}; run qbert augment")
+    columns, parts = source_columns(spec), []
+    for path in files:
+        part = _read_file(path)
+        _check_columns(part, columns, str(path))
+        parts.append(_normalised(part, columns, _label_names(train), task_of(spec, train), str(path)))
+    return concatenate_datasets(parts)
+
+
+def shard_name(index: int) -> str:
+    return f"rows-{index:05d}.parquet"
+
+
+def source_columns(spec: DataSpec) -> dict[str, str]:
+    """Normalised column -> the source's name of it."""
+    task = None if spec.task is None else get_task(spec.task)
+    if task is not None and task.kind == "question-answering":
+        return {name: name for name in ANSWER_COLUMNS}
     columns = {
         "text": spec.text or (task and task.text),
         "text_pair": spec.text_pair or (task and task.text_pair),
@@ -158,23 +253,35 @@ def load_data(
     columns = {key: column for key, column in columns.items() if column is not None}
     if len(set(columns.values())) < len(columns):
         raise ValueError(f"data: expected a different column for each of {', '.join(columns)}, found {columns}")
+    return columns
 
-    raw = {split: _read(spec, task, split, one_file_ok=len(splits) == 1) for split in splits}
-    for source, dataset in raw.values():
-        _check_columns(dataset, columns, source)
-    regression = task is not None and task.label_names is None
-    if label_names is None and not regression:
-        source, dataset = raw[splits[0]]
-        label_names = task.label_names if task else _infer_label_names(dataset, columns["label"], source)
 
-    loaded = DatasetDict()
-    for split, (source, dataset) in raw.items():
-        labels = _labels(dataset, columns["label"], label_names, source)
-        feature = Value("float32") if label_names is None else ClassLabel(names=list(label_names))
-        texts = {key: dataset[column][:] for key, column in columns.items() if key != "label"}
-        limit = {spec.train_split: spec.max_train_samples, spec.eval_split: spec.max_eval_samples}.get(split)
-        loaded[split] = _subset(Dataset.from_dict(texts).add_column("label", labels, feature=feature), limit)
-    return loaded
+def _normalised(
+    dataset: Dataset, columns: dict[str, str], label_names: Sequence[str] | None, task: Task | None, source: str
+) -> Dataset:
+    """The checked columns of one split under their own names, labels as indices or floats."""
+    texts = {key: dataset[column][:] for key, column in columns.items() if key != "label"}
+    if "answers" in columns:
+        _check_answers(texts, task, source)
+        return Dataset.from_dict(texts, features=Features(ANSWER_COLUMNS))
+    labels = _labels(dataset, columns["label"], label_names, source)
+    feature = Value("float32") if label_names is None else ClassLabel(names=list(label_names))
+    return Dataset.from_dict(texts).add_column("label", labels, feature=feature)
+
+
+def _check_answers(columns: dict[str, list], task: Task, source: str) -> None:
+    for row, (context, answers) in enumerate(zip(columns["context"], columns["answers"], strict=True)):
+        texts, starts = answers["text"], answers["answer_start"]
+        if len(texts) != len(starts) or not (texts or task.unanswerable):
+            raise ValueError(
+                f"{source}: expected {'as' if task.unanswerable else 'an answer, and as'} many texts as starts in "
+                f"column 'answers', found {len(texts)} and {len(starts)} in row {row}"
+            )
+        for text, start in zip(texts, starts, strict=True):
+            if not text or context[start : start + len(text)] != text or start < 0:
+                raise ValueError(
+                    f"{source}: expected answers that stand in the context, found {text!r} at {start} in row {row}"
+                )
 
 
 def data_identity(dataset: Dataset) -> dict[str, Any]:
@@ -202,8 +309,28 @@ def tokenize(
     Raises:
         ValueError: `spec.max_length` is above what tokenizer or model can take, or leaves no room for text.
     """
-    first = next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset
+    first = _first(dataset)
     columns = [column for column in ("text", "text_pair") if column in first.column_names]
+    check_length(tokenizer, spec, config, tokenizer.num_special_tokens_to_add(pair=len(columns) == 2))
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        texts = [batch[column] for column in columns]
+        encoded = tokenizer(*texts, truncation="longest_first", max_length=spec.max_length, padding=False)
+        inputs = {key: encoded[key] for key in tokenizer.model_input_names if key in encoded}
+        return inputs | {"labels": batch["label"]}
+
+    # In memory: a cache file on disk would have to be trusted in the next run.
+    return dataset.map(encode, batched=True, remove_columns=first.column_names, keep_in_memory=True, desc="tokenize")
+
+
+def check_length(
+    tokenizer: PreTrainedTokenizerBase, spec: DataSpec, config: PreTrainedConfig | None, special: int
+) -> None:
+    """`spec.max_length` is one that tokenizer and model can take, and leaves room beside `special` tokens.
+
+    Raises:
+        ValueError: it is not.
+    """
     limits = {"tokenizer": tokenizer.model_max_length}
     if config is not None:
         # RoBERTa numbers positions from pad_token_id + 1 on, so that many rows of its table are never reached.
@@ -214,20 +341,10 @@ def tokenize(
             raise ValueError(
                 f"data.max_length: expected at most {limit}, the {owner}'s limit, found {spec.max_length}"
             )
-    special = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
     if spec.max_length <= special:
         raise ValueError(
             f"data.max_length: expected more than the tokenizer's {special} special tokens, found {spec.max_length}"
         )
-
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        texts = [batch[column] for column in columns]
-        encoded = tokenizer(*texts, truncation="longest_first", max_length=spec.max_length, padding=False)
-        inputs = {key: encoded[key] for key in tokenizer.model_input_names if key in encoded}
-        return inputs | {"labels": batch["label"]}
-
-    # In memory: a cache file on disk would have to be trusted in the next run.
-    return dataset.map(encode, batched=True, remove_columns=first.column_names, keep_in_memory=True, desc="tokenize")
 
 
 def _read(spec: DataSpec, task: Task | None, split: str, one_file_ok: bool) -> tuple[str, Dataset]:
@@ -308,7 +425,12 @@ def _check_columns(dataset: Dataset, columns: dict[str, str], source: str) -> No
                 f"{source}: expected a column {column!r} for data.{key}, found {', '.join(dataset.column_names)}"
             )
         values = dataset.data.column(column)
-        if key != "label" and not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        if key == "answers" and not _are_answers(dataset.features[column]):
+            raise ValueError(
+                f"{source}: expected lists 'text' and 'answer_start' in column {column!r}, found {values.type}"
+            )
+        is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+        if key not in ("label", "answers") and not is_text:
             raise ValueError(f"{source}: expected text in column {column!r}, found {values.type}")
         if values.null_count:
             row = next(i for i, value in enumerate(dataset[column]) if value is None)
@@ -316,6 +438,15 @@ def _check_columns(dataset: Dataset, columns: dict[str, str], source: str) -> No
                 f"{source}: expected a value in every row of column {column!r}, found none in row {row} "
                 f"({values.null_count} such rows)"
             )
+
+
+def _are_answers(feature: Any) -> bool:
+    if not isinstance(feature, dict) or not all(
+        isinstance(feature.get(name), List) for name in ANSWER_COLUMNS["answers"]
+    ):
+        return False
+    kinds = (("text", ("string",)), ("answer_start", ("int32", "int64")))
+    return all(feature[name].feature.dtype in (*dtypes, "null") for name, dtypes in kinds)  # null: all are empty
 
 
 def _infer_label_names(dataset: Dataset, column: str, source: str) -> tuple[str, ...] | None:
@@ -374,9 +505,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _first(dataset: Dataset | DatasetDict) -> Dataset:
+    return next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset
+
+
 def _label_names(dataset: Dataset | DatasetDict) -> tuple[str, ...] | None:
-    first = next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset
-    feature = first.features["label"]
+    feature = _first(dataset).features.get("label")
     return tuple(feature.names) if isinstance(feature, ClassLabel) else None
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from modeling_qbert import get_model_class
 
 from .adaptive import budget_in_kib, choose_modules, measure_gains, split_costs
+from .heads import SEQUENCE_CLASSIFICATION, Head
 from .pruning import cut, head_and_neuron_importance, rewire
 from .recipe import Recipe, Stage
 from .splitting import split_state_dict
@@ -51,32 +52,39 @@ def resolve_model(name: str) -> str:
     return str(path)
 
 
-def load_teacher(name: str, labels: dict | None = None) -> PreTrainedModel:
-    """Sequence classifier of a checkpoint; `labels` (`trainers.data.label_config`) gives a backbone a new head."""
-    return AutoModelForSequenceClassification.from_pretrained(
-        resolve_model(name), dtype=torch.float32, **(labels or {})
-    )
+def load_teacher(
+    name: str, labels: dict | None = None, auto_class: type = AutoModelForSequenceClassification
+) -> PreTrainedModel:
+    """Task model of a checkpoint; `labels` (`trainers.data.label_config`) gives a backbone a new head."""
+    return auto_class.from_pretrained(resolve_model(name), dtype=torch.float32, **(labels or {}))
 
 
-def student_config(recipe: Recipe, stage: Stage, teacher: str, labels: dict):
+def student_config(recipe: Recipe, stage: Stage, teacher: str, labels: dict, head: str = SEQUENCE_CLASSIFICATION.name):
     """Class and config of a stage's student made from the checkpoint `teacher`; a wrong combination of fields fails
     here, before anything is trained."""
+    if stage.split_megabytes is not None and head != SEQUENCE_CLASSIFICATION.name:
+        raise ValueError(f"stages: split_megabytes measures gains on classified sentences, found a task of {head}")
     backbone = AutoConfig.from_pretrained(resolve_model(teacher)).model_type.removeprefix(f"{recipe.family}_")
-    model_class = get_model_class(recipe.family, backbone, "sequence-classification")
+    model_class = get_model_class(recipe.family, backbone, head)
     return model_class, model_class.config_class.from_pretrained(
         resolve_model(teacher), **stage.quantization.fields(), **labels
     )
 
 
 def initial_student(
-    recipe: Recipe, stage: Stage, start: str, labels: dict, batches: Iterable[Mapping[str, Tensor]] = ()
+    recipe: Recipe,
+    stage: Stage,
+    start: str,
+    labels: dict,
+    batches: Iterable[Mapping[str, Tensor]] = (),
+    head: Head = SEQUENCE_CLASSIFICATION,
 ) -> PreTrainedModel:
     """Latent student of a stage from the checkpoint folder `start` (the teacher's or the previous stage's).
 
     Args:
         batches: labelled batches that rank heads and neurons, for init "pruned".
     """
-    model_class, config = student_config(recipe, stage, start, labels)
+    model_class, config = student_config(recipe, stage, start, labels, head.name)
     if stage.init in ("teacher", "previous"):
         return model_class.from_pretrained(start, config=config, dtype=torch.float32)
     if stage.init == "random_encoder":
@@ -86,7 +94,8 @@ def initial_student(
         return model
     if stage.init == "split":
         return _split_student(model_class, config, start)
-    return _pruned_student(model_class, config, stage, start, batches)
+    source = head.auto_class.from_pretrained(start, dtype=torch.float32)
+    return _pruned_student(model_class, config, stage, source, batches)
 
 
 @torch.no_grad()
@@ -164,9 +173,12 @@ def choose_ternary_modules(
 
 
 def _pruned_student(
-    model_class: type, config: PreTrainedConfig, stage: Stage, start: str, batches: Iterable[Mapping[str, Tensor]]
+    model_class: type,
+    config: PreTrainedConfig,
+    stage: Stage,
+    source: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
 ) -> PreTrainedModel:
-    source = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
     state = source.state_dict()
     if stage.init == "pruned":
         state = rewire(state, source.config, head_and_neuron_importance(source, batches))

@@ -26,6 +26,7 @@ import yaml
 
 
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_GAINED = ("doc_stride", "max_query_length", "null_threshold", "augmented")  # fields of data or a stage
 RUNNER_FIELDS = ("output_dir", "seed")  # TrainingArguments fields the runner sets itself
 
 
@@ -35,7 +36,10 @@ class DataSpec:
 
     `task` is a key of `trainers.data.TASKS` and gives columns, label names and metrics; without it `text` and `label`
     name the columns of your own data. `path` is a Hub data set, or a local folder or file relative to the working
-    folder.
+    folder. `augmented` holds further training rows, for stages that ask for them: a file of the same columns, or what
+    `qbert augment` writes, there or in a folder <task>/. Question answering only: `doc_stride` is the step in tokens
+    from one window over a long context to the next, `max_query_length` the most tokens of a question, `null_threshold`
+    by how much "no answer" must beat the best answer to be given; without them BERT's 128, 64 and 0.
     """
 
     task: str | None = None
@@ -49,6 +53,10 @@ class DataSpec:
     eval_split: str = "validation"
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    augmented: str | None = None
+    doc_stride: int | None = None
+    max_query_length: int | None = None
+    null_threshold: float | None = None
 
     def __post_init__(self):
         if self.task is None and (self.text is None or self.label is None):
@@ -58,7 +66,7 @@ class DataSpec:
             )
         for key in ("path", "train_split", "eval_split"):
             _require(bool(getattr(self, key)), key, "a non-empty string", getattr(self, key))
-        for key in ("max_length", "max_train_samples", "max_eval_samples"):
+        for key in ("max_length", "max_train_samples", "max_eval_samples", "doc_stride", "max_query_length"):
             value = getattr(self, key)
             _require(value is None or value > 0, key, "a positive number", value)
         _require(self.train_split != self.eval_split, "eval_split", "a split other than train_split", self.eval_split)
@@ -135,7 +143,8 @@ class Stage:
     `split_megabytes` makes a binary student ternary in the modules that the best (or, as controls, a random or the
     worst) choice of adaptive splitting would split within a file of that size; a later stage splits just these.
     `learning_rate_ratio` multiplies the learning rate; `quantizer_learning_rate` is that of learned step sizes and
-    clips. `training` takes any field of `transformers.TrainingArguments` but output_dir and seed.
+    clips. `augmented` trains on the rows of `data.augmented` instead of the training split. `training` takes any field
+    of `transformers.TrainingArguments` but output_dir and seed.
     """
 
     name: str = "distil"
@@ -152,6 +161,7 @@ class Stage:
     split_selection: Literal["gain", "random", "smallest_gain"] = "gain"
     learning_rate_ratio: float = 1.0
     quantizer_learning_rate: float | None = None
+    augmented: bool = False
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -204,6 +214,8 @@ class Recipe:
         for index, stage in enumerate(self.stages):
             known = [None, *names[:index]]
             _require(stage.teacher in known, f"stages.{index}.teacher", f"one of {known}", stage.teacher)
+            rows = self.data.augmented
+            _require(rows or not stage.augmented, f"stages.{index}.augmented", "data.augmented to be given", rows)
         if self.last_stage is not None:
             _require(self.last_stage in names, "last_stage", f"one of {names}", self.last_stage)
             object.__setattr__(self, "stages", self.stages[: names.index(self.last_stage) + 1])
@@ -242,9 +254,14 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def portable(self) -> dict[str, Any]:
-        """`to_dict` without what differs between machines: no data.path, of teacher.model only the last component."""
+        """`to_dict` without what differs between machines: no paths of data, of teacher.model only the last component;
+        and without fields that recipes gained after first results, where they are not used: fingerprints stay."""
         values = self.to_dict()
-        del values["data"]["path"]
+        del values["data"]["path"], values["data"]["augmented"]
+        for node in (values["data"], *values["stages"]):
+            for name in _GAINED:
+                if not node.get(name, True):
+                    del node[name]
         values["teacher"]["model"] = re.split(r"[/\\]", self.teacher.model.rstrip("/\\"))[-1]
         return values
 

@@ -11,27 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
 from safetensors.numpy import load_file, save_file
-from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    pipeline,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import modeling_qbert  # noqa: F401 (registers the packed families)
 
 from .card import write_card
 from .checkpointing import AtomicCheckpointMixin, folder_lock, newest_complete_checkpoint
-from .data import Task, data_identity, label_config, load_data, task_of, tokenize
+from .data import data_identity, eval_splits, label_config, load_augmented, load_data, task_of
 from .distillation import DistillationArguments, DistillationTrainer
+from .heads import HEADS, evaluate, evaluations
 from .initialization import (
     BUNDLED,
     choose_ternary_modules,
@@ -40,7 +29,6 @@ from .initialization import (
     resolve_model,
     student_config,
 )
-from .metrics import compute_metrics_for, score
 from .pruning import WidthAdaptiveTrainer, labelled_batches
 from .recipe import DataSpec, Recipe, Stage
 from .results import RESULTS_NAME, environment, read_results, write_atomic, write_results
@@ -49,50 +37,22 @@ from .tables import plot_training
 
 DONE = "DONE.json"  # written last into a finished teacher or stage folder
 RANKING_ROWS = 512  # training rows that rank what is pruned and what is split
-GOLDEN_TEXTS = (
-    "a gripping, funny film",
-    "two hours that feel like four",
-    "The committee approved the plan on Monday.",
-    "On Monday the plan was turned down by the committee.",
-)
 
 
 class FineTuningTrainer(AtomicCheckpointMixin, Trainer):
     """The plain Trainer on labels, with checkpoints that survive a kill."""
 
 
-@torch.no_grad()
-def predict(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, batch_size: int = 32
-) -> np.ndarray:
-    """Logits (rows, classes), float32, in the order of the tokenized data set; batches are of similar length."""
-    collate = DataCollatorWithPadding(tokenizer)
-    rows = dataset.remove_columns("labels") if "labels" in dataset.column_names else dataset
-    order = np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable")
-    model.eval()
-    logits = {}
-    for start in tqdm(range(0, len(order), batch_size), desc="evaluate", leave=False):
-        batch_rows = order[start : start + batch_size].tolist()
-        batch = collate([rows[row] for row in batch_rows]).to(model.device)
-        logits.update(zip(batch_rows, model(**batch).logits.float().cpu().numpy()))
-    return np.stack([logits[row] for row in range(len(order))])
-
-
-def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Class indices (rows,), or scores for regression."""
-    return logits[:, 0] if task.kind == "regression" else logits.argmax(-1)
-
-
 def evaluate_checkpoint(folder: str, spec: DataSpec, logits_file: str | None = None) -> dict[str, float]:
-    """Scores of a saved checkpoint, latent or packed, on the evaluation split; optionally keeps its logits."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = load_data(spec, [spec.eval_split])[spec.eval_split]
-    logits = predict(model, tokenizer, tokenize(data, tokenizer, spec, model.config))
-    if logits_file:
-        save_file({"logits": logits}, logits_file)
+    """Scores of a saved checkpoint, latent or packed, on the evaluation splits; optionally keeps its logits."""
+    data = load_data(spec, eval_splits(spec))
     task = task_of(spec, data)
-    return score(task, predictions(task, logits), data["label"][:])
+    head = HEADS[task.kind]
+    model, tokenizer = head.auto_class.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    metrics, logits = evaluate(model, tokenizer, head, evaluations(task, data, tokenizer, spec, model.config))
+    if logits_file:
+        save_file(logits, logits_file)
+    return metrics
 
 
 def run_recipe(recipe: Recipe, output: str | Path, teachers: str | Path | None = None) -> dict:
@@ -134,14 +94,22 @@ class _Run:
         self.data = load_data(spec)
         self.labels = label_config(self.data)
         self.task = task_of(spec, self.data)
+        self.head = HEADS[self.task.kind]
         for stage in recipe.stages:  # fail before anything is trained
-            student_config(recipe, stage, recipe.teacher.model, self.labels)
+            student_config(recipe, stage, recipe.teacher.model, self.labels, self.head.name)
         self.tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.teacher.model))
         # Some checkpoints lack it, and an unbounded tokenizer then overflows the position table.
         self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, spec.max_length)
-        self.tokenized = tokenize(self.data, self.tokenizer, spec)
-        self.identity = {name: data_identity(rows) for name, rows in self.data.items()}
-        key = {"teacher": recipe.portable()["teacher"], "data": recipe.portable()["data"], "rows": self.identity}
+        self.train = self.head.encode(self.data[spec.train_split], self.tokenizer, spec)
+        self.evaluations = evaluations(self.task, self.data, self.tokenizer, spec)
+        self.split = eval_splits(spec)[0]
+        self.original = {name: data_identity(rows) for name, rows in self.data.items()}
+        self.identity = self.original
+        if any(stage.augmented for stage in recipe.stages):
+            rows = load_augmented(spec, self.data[spec.train_split])
+            self.augmented = self.head.encode(rows, self.tokenizer, spec)
+            self.identity = self.original | {"augmented": data_identity(rows)}
+        key = {"teacher": recipe.portable()["teacher"], "data": recipe.portable()["data"], "rows": self.original}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         self.teacher_folder = teachers / f"{spec.task or 'own'}-{digest}"
 
@@ -151,20 +119,20 @@ class _Run:
         previous = self.teacher_path
         for index, stage in enumerate(self.recipe.stages):
             if stage.teacher is not None:
-                stage_teacher = load_teacher(folders[stage.teacher])
+                stage_teacher = load_teacher(folders[stage.teacher], auto_class=self.head.auto_class)
             else:
                 stage_teacher = teacher
             previous, record = self._stage(index, stage, previous, stage_teacher)
             folders[stage.name] = previous
             stages.append(record)
-        student = AutoModelForSequenceClassification.from_pretrained(previous)
-        student_logits = predict(student, self.tokenizer, self.tokenized[self.recipe.data.eval_split])
+        student = self.head.auto_class.from_pretrained(previous)
+        metrics, logits = self._evaluate(student)
         packed_folder = self.output / "packed"
         if self.recipe.stages[-1].quantization.bits != "32-32-32":
             student = student.pack(self.recipe.packing)
         student.save_pretrained(packed_folder)
         self.tokenizer.save_pretrained(packed_folder)
-        return self._finish(stages, student_logits, packed_folder)
+        return self._finish(stages, metrics, logits, packed_folder)
 
     @property
     def teacher_path(self) -> str:
@@ -178,34 +146,36 @@ class _Run:
         with _wait_for_lock(self.teacher_folder):
             if spec.fine_tune is not None and not (self.teacher_folder / DONE).exists():
                 set_seed(spec.seed)
-                model = load_teacher(spec.model, self.labels)
+                model = load_teacher(spec.model, self.labels, self.head.auto_class)
                 trainer = FineTuningTrainer(
                     model=model,
                     args=TrainingArguments(**self._arguments(training_folder, spec.fine_tune, spec.seed)),
-                    **self._common({"teacher": self.recipe.portable()["teacher"], "data": self.identity}),
+                    **self._common({"teacher": self.recipe.portable()["teacher"], "data": self.original}),
                 )
                 self._train(trainer, training_folder, "teacher")
                 trainer.model.save_pretrained(self.teacher_path)
                 self.tokenizer.save_pretrained(self.teacher_path)
-            teacher = load_teacher(self.teacher_path)
+            teacher = load_teacher(self.teacher_path, auto_class=self.head.auto_class)
             if not (self.teacher_folder / DONE).exists():
-                metrics = self._score(predict(teacher, self.tokenizer, self.tokenized[self.recipe.data.eval_split]))
+                metrics, _ = self._evaluate(teacher)
                 _write_json(self.teacher_folder / DONE, {"metrics": metrics})
         return teacher
 
     def _stage(self, index: int, stage: Stage, previous: str, teacher: PreTrainedModel) -> tuple[str, dict]:
         """(folder of the stage's model, its record). All stages but the last are kept beside the teachers: runs that
         begin alike share them."""
+        begun = self.recipe.stages[: index + 1]
+        rows = self.identity if any(earlier.augmented for earlier in begun) else self.original
         identity = {
             "teacher": self.recipe.portable()["teacher"],
-            "data": self.identity,
+            "data": rows,
             "family": self.recipe.family,
             "stages": self.recipe.portable()["stages"][: index + 1],
             "seed": self.recipe.seed,
         }
         folder = self.output / f"stage-{index}-{stage.name}"
         if index < len(self.recipe.stages) - 1:
-            key = {**identity, "data": self.recipe.portable()["data"], "rows": self.identity}
+            key = {**identity, "data": self.recipe.portable()["data"], "rows": rows}
             digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
             folder = self.teacher_folder.parent / f"{self.recipe.data.task or 'own'}-{stage.name}-{digest}"
         model_folder = folder / "model"
@@ -217,9 +187,8 @@ class _Run:
                 record = self._train(trainer, training, stage.name)
                 trainer.model.save_pretrained(model_folder)
                 self.tokenizer.save_pretrained(model_folder)
-                student = AutoModelForSequenceClassification.from_pretrained(model_folder)
-                split = self.tokenized[self.recipe.data.eval_split]
-                record["metrics"] = self._score(predict(student, self.tokenizer, split))
+                student = self.head.auto_class.from_pretrained(model_folder)
+                record["metrics"], _ = self._evaluate(student)
                 _write_json(folder / DONE, record)
         return str(model_folder), json.loads((folder / DONE).read_text())
 
@@ -239,16 +208,16 @@ class _Run:
         )
         args.learning_rate *= stage.learning_rate_ratio
         # Training rows rank heads, neurons and modules; in DynaBERT's code the rows that the score is measured on do.
-        rows = self.tokenized[self.recipe.data.train_split]
-        batches = labelled_batches(rows.select(range(min(RANKING_ROWS, len(rows)))), self.tokenizer)
-        student = initial_student(self.recipe, stage, start, self.labels, batches)
+        rows = self.train.select(range(min(RANKING_ROWS, len(self.train))))
+        batches = labelled_batches(rows, self.tokenizer)
+        student = initial_student(self.recipe, stage, start, self.labels, batches, self.head)
         if stage.split_megabytes is not None:
             modules = choose_ternary_modules(stage, student, teacher, batches, self.recipe.seed)
             fields = {**student.config.to_dict(), "ternary_modules": modules}
             mixed = type(student)(type(student.config).from_dict(fields))
             mixed.load_state_dict(student.state_dict())
             student = mixed
-        common = self._common(identity)
+        common = self._common(identity) | ({"train_dataset": self.augmented} if stage.augmented else {})
         if stage.widths:
             return WidthAdaptiveTrainer(model=student, teacher=teacher, args=args, widths=stage.widths, **common)
         return DistillationTrainer(model=student, teacher=teacher, args=args, **common)
@@ -265,10 +234,10 @@ class _Run:
 
     def _common(self, identity: dict) -> dict:
         return {
-            "train_dataset": self.tokenized[self.recipe.data.train_split],
-            "eval_dataset": self.tokenized[self.recipe.data.eval_split],
+            "train_dataset": self.train,
+            "eval_dataset": self.evaluations[self.split].inputs,
             "processing_class": self.tokenizer,
-            "compute_metrics": compute_metrics_for(self.task),
+            "compute_metrics": self.head.compute_metrics(self.task),
             "identity": identity,
         }
 
@@ -278,7 +247,8 @@ class _Run:
         trainer.train(resume_from_checkpoint=True if resume else None)
         history = trainer.state.log_history
         write_atomic(folder / "log.json", json.dumps(history, indent=1).encode())
-        plot_training(history, folder / "training.png")
+        if any("loss" in entry or "eval_loss" in entry for entry in history):  # a short run may have logged nothing
+            plot_training(history, folder / "training.png")
         losses = next((entry for entry in reversed(history) if "loss" in entry), {})
         return {
             "name": name,
@@ -287,14 +257,16 @@ class _Run:
             "final_losses": {key: value for key, value in losses.items() if key.startswith("loss")},
         }
 
-    def _score(self, logits: np.ndarray) -> dict[str, float]:
-        return score(self.task, predictions(self.task, logits), self.data[self.recipe.data.eval_split]["label"][:])
+    def _evaluate(self, model: PreTrainedModel) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        return evaluate(model, self.tokenizer, self.head, self.evaluations)
 
-    def _finish(self, stages: list[dict], student_logits: np.ndarray, packed_folder: Path) -> dict:
+    def _finish(
+        self, stages: list[dict], metrics: dict[str, float], logits: dict[str, np.ndarray], packed_folder: Path
+    ) -> dict:
         recipe = self.recipe
         weights = packed_folder / "model.safetensors"
         packed_metrics, packed_logits = _evaluate_in_fresh_process(packed_folder, recipe.data)
-        difference = float(np.abs(packed_logits - student_logits).max())
+        difference = max(float(np.abs(packed_logits[split] - logits[split]).max()) for split in logits)
         if difference > 1e-4:
             raise RuntimeError(f"{weights}: packed logits differ from the fake-quant student's by {difference:.2e}")
         teacher_weights = Path(self.teacher_path) / "model.safetensors"
@@ -305,8 +277,8 @@ class _Run:
             "fingerprint": recipe.fingerprint(),
             "seed": recipe.seed,
             "task": recipe.data.task,
-            "split": recipe.data.eval_split,
-            "rows": len(student_logits),
+            "split": self.split,
+            "rows": len(self.data[self.split]),
             "main_metric": self.task.main_metric,
             "teacher": {
                 "model": recipe.portable()["teacher"]["model"],
@@ -314,7 +286,7 @@ class _Run:
                 "seed": recipe.teacher.seed,
                 "bytes": teacher_weights.stat().st_size,
             },
-            "student": {"metrics": self._score(student_logits)},
+            "student": {"metrics": metrics},
             "packed": {
                 "metrics": packed_metrics,
                 "bytes": weights.stat().st_size,
@@ -327,7 +299,7 @@ class _Run:
             **self.environment,
         }
         write_results(packed_folder / RESULTS_NAME, results)
-        write_golden(packed_folder, pairs="text_pair" in self.data[recipe.data.eval_split].column_names)
+        _write_json(packed_folder / "golden.json", self.head.golden(packed_folder, self.data[self.split]))
         *_, limitations = BUNDLED.get(recipe.teacher.model, ("",))
         base = recipe.teacher.model
         write_card(packed_folder, results, model_id=recipe.name, base_model=base, limitations=limitations)
@@ -335,27 +307,15 @@ class _Run:
         return results
 
 
-def write_golden(folder: Path, pairs: bool) -> None:
-    """`golden.json` of a packed checkpoint: fixed texts (or pairs of them) with the label and score it gives them."""
-    classify = pipeline("text-classification", model=str(folder))
-    golden = []
-    for text, other in zip(GOLDEN_TEXTS, GOLDEN_TEXTS[1:] + GOLDEN_TEXTS[:1]):
-        question = {"text": text, "text_pair": other} if pairs else text
-        answer = classify(question)
-        answer = answer[0] if isinstance(answer, list) else answer
-        golden.append([question, answer["label"], answer["score"]])
-    _write_json(folder / "golden.json", golden)
-
-
-def _evaluate_in_fresh_process(folder: Path, spec: DataSpec) -> tuple[dict[str, float], np.ndarray]:
-    """Scores and logits of a packed checkpoint as another process, which never saw the training, loads it."""
+def _evaluate_in_fresh_process(folder: Path, spec: DataSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Scores and logits by split of a packed checkpoint as another process, which never saw the training, loads it."""
     logits_file = folder.parent / "packed-logits.safetensors"
     spec_json = json.dumps(vars(spec))
     command = [sys.executable, "-m", "trainers.run", str(folder), spec_json, str(logits_file)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{folder}: evaluation in a fresh process failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1]), load_file(logits_file)["logits"]
+    return json.loads(done.stdout.splitlines()[-1]), load_file(logits_file)
 
 
 @contextmanager

@@ -28,28 +28,80 @@ TASK_LABELS = {
     "stsb": "STS-B",
     "rte": "RTE",
     "wnli": "WNLI",
+    "squad": "SQuAD v1.1",
+    "squad_v2": "SQuAD v2.0",
 }
 
-PUBLISHED_SOURCE = "TernaryBERT (Zhang et al., EMNLP 2020) or BinaryBERT (Bai et al., ACL 2021), BERT-base, GLUE dev"
-_FULL = {"sst2": 93.1, "cola": 58.1, "mrpc": 86.5, "stsb": (89.8 + 89.4) / 2, "rte": 71.1}
-_BINARY = {"sst2": 93.2, "cola": 59.7, "mrpc": 86.3, "stsb": 90.1, "rte": 72.2}
-# (bits, weight quantizer, planes) -> (scores of the full-precision model, of the low-bit one). MRPC: accuracy. STS-B:
-# mean of Pearson and Spearman in TernaryBERT, one correlation in BinaryBERT. CoLA: Matthews correlation.
+# GLUE's columns by (task, metric). TernaryBERT, BinaryBERT and BiBERT average all nine; BiT takes MNLI once, matched.
+GLUE_COLUMNS = (
+    ("mnli", "accuracy"),
+    ("mnli", "accuracy_mismatched"),
+    ("qqp", "accuracy"),
+    ("qnli", "accuracy"),
+    ("sst2", "accuracy"),
+    ("cola", "matthews_correlation"),
+    ("stsb", "pearson_spearman"),
+    ("mrpc", "accuracy"),
+    ("rte", "accuracy"),
+)
+
+PUBLISHED_SOURCE = "TernaryBERT (Zhang et al., EMNLP 2020) or BinaryBERT (Bai et al., ACL 2021), BERT-base"
+_FULL = {
+    **{"mnli": 84.5, "qqp": 90.9, "qnli": 92.0, "squad": 88.7, "squad_v2": 77.7},
+    **{"sst2": 93.1, "cola": 58.1, "mrpc": 86.5, "stsb": (89.8 + 89.4) / 2, "rte": 71.1},
+}
+_BINARY = {
+    **{"mnli": 84.9, "qqp": 91.4, "qnli": 92.1, "squad": 89.7, "squad_v2": 77.5},
+    **{"sst2": 93.2, "cola": 59.7, "mrpc": 86.3, "stsb": 90.1, "rte": 72.2},
+}
+# (bits, weight quantizer, planes) -> (scores of the full-precision model, of the low-bit one). MNLI: matched. MRPC and
+# QQP: accuracy. SQuAD: F1. STS-B: mean of Pearson and Spearman in TernaryBERT, one correlation in BinaryBERT. CoLA:
+# Matthews correlation.
 PUBLISHED = {
     # TernaryBERT (EMNLP 2020), dev results, rows BERT 32-32-32, TernaryBERT-TWN 2-2-8 and TernaryBERT-LAT 2-2-8
     ("2-2-8", "twn", 1): (
         _FULL,
-        {"sst2": 92.8, "cola": 55.7, "mrpc": 87.5, "stsb": (87.9 + 87.7) / 2, "rte": 72.9},
+        {
+            **{"mnli": 83.3, "qqp": 90.1, "qnli": 91.1, "squad": 87.4, "squad_v2": 76.4},
+            **{"sst2": 92.8, "cola": 55.7, "mrpc": 87.5, "stsb": (87.9 + 87.7) / 2, "rte": 72.9},
+        },
     ),
     ("2-2-8", "lat", 1): (
         _FULL,
-        {"sst2": 92.5, "cola": 54.3, "mrpc": 87.0, "stsb": (87.9 + 87.6) / 2, "rte": 72.2},
+        {
+            **{"mnli": 83.5, "qqp": 90.1, "qnli": 91.5, "squad": 87.5, "squad_v2": 76.6},
+            **{"sst2": 92.5, "cola": 54.3, "mrpc": 87.0, "stsb": (87.9 + 87.6) / 2, "rte": 72.2},
+        },
     ),
     # BinaryBERT (ACL 2021), dev results without data augmentation, full-precision teacher, rows BWN (1 plane), TWS (2)
-    ("1-1-8", "bwn", 1): (_BINARY, {"sst2": 92.3, "cola": 46.7, "mrpc": 82.6, "stsb": 86.8, "rte": 68.6}),
-    ("1-1-8", "bwn", 2): (_BINARY, {"sst2": 92.6, "cola": 53.4, "mrpc": 85.5, "stsb": 88.6, "rte": 72.2}),
-    ("1-1-4", "bwn", 1): (_BINARY, {"sst2": 92.3, "cola": 34.8, "mrpc": 79.9, "stsb": 84.9, "rte": 65.3}),
-    ("1-1-4", "bwn", 2): (_BINARY, {"sst2": 92.3, "cola": 44.4, "mrpc": 83.3, "stsb": 87.2, "rte": 65.3}),
+    ("1-1-8", "bwn", 1): (
+        _BINARY,
+        {
+            **{"mnli": 84.2, "qqp": 91.1, "qnli": 90.7, "squad": 86.9, "squad_v2": 76.6},
+            **{"sst2": 92.3, "cola": 46.7, "mrpc": 82.6, "stsb": 86.8, "rte": 68.6},
+        },
+    ),
+    ("1-1-8", "bwn", 2): (
+        _BINARY,
+        {
+            **{"mnli": 84.2, "qqp": 91.2, "qnli": 91.5, "squad": 88.3, "squad_v2": 77.2},
+            **{"sst2": 92.6, "cola": 53.4, "mrpc": 85.5, "stsb": 88.6, "rte": 72.2},
+        },
+    ),
+    ("1-1-4", "bwn", 1): (
+        _BINARY,
+        {
+            **{"mnli": 83.5, "qqp": 90.9, "qnli": 90.7, "squad": 85.8, "squad_v2": 75.1},
+            **{"sst2": 92.3, "cola": 34.8, "mrpc": 79.9, "stsb": 84.9, "rte": 65.3},
+        },
+    ),
+    ("1-1-4", "bwn", 2): (
+        _BINARY,
+        {
+            **{"mnli": 83.9, "qqp": 91.2, "qnli": 90.9, "squad": 87.2, "squad_v2": 75.4},
+            **{"sst2": 92.3, "cola": 44.4, "mrpc": 83.3, "stsb": 87.2, "rte": 65.3},
+        },
+    ),
 }
 
 
@@ -206,6 +258,57 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in _notes(grid))]) + "\n"
 
 
+def glue_averages(scores: Mapping[tuple[str, str], float]) -> tuple[float, float]:
+    """Mean over GLUE's nine columns (MNLI matched and mismatched are two), and over eight (MNLI matched alone): never
+    compare one with the other.
+
+    Args:
+        scores: by (task, metric), at least those of `GLUE_COLUMNS`.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    missing = [column for column in GLUE_COLUMNS if column not in scores]
+    if missing:
+        raise ValueError(f"averages over GLUE: missing {missing}")
+    nine = [scores[column] for column in GLUE_COLUMNS]
+    return statistics.mean(nine), statistics.mean([nine[0], *nine[2:]])
+
+
+def render_metrics(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown table of the packed models' metrics of tasks that have more than one, mean x 100 over the seeds, and
+    GLUE's averages where a variant has all its columns; empty if there is neither."""
+    grid = _Grid(results)
+    shown = {}
+    for task in grid.tasks:
+        metrics = list(dict.fromkeys(name for run in grid.column(task) for name in run["packed"]["metrics"]))
+        if len(metrics) > 1:
+            shown[task] = metrics
+    rows, averaged = [], False
+    for variant in grid.variants:
+        means = {
+            (task, name): 100 * statistics.mean(run["packed"]["metrics"][name] for run in cell)
+            for (task, of), cell in grid.cells.items()
+            if of == variant
+            for name in cell[0]["packed"]["metrics"]
+        }
+        cells = []
+        for task, metrics in shown.items():
+            cells.append(" / ".join(f"{means[task, name]:.2f}" if (task, name) in means else "–" for name in metrics))
+        if all(column in means for column in GLUE_COLUMNS):
+            averaged = True
+            cells.append(" / ".join(f"{value:.2f}" for value in glue_averages(means)))
+        else:
+            cells.append("–")
+        rows.append([escape_markdown(variant), *cells])
+    if not shown:
+        return ""
+    titles = [f"{task_label(task)} ({' / '.join(map(metric_label, names))})" for task, names in shown.items()]
+    header = ["", *map(escape_markdown, titles), "GLUE, 9 / 8 columns"]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(_row(line if averaged else line[:-1]) for line in lines) + "\n"
+
+
 _BLOCK = re.compile(r"(<!-- qbert table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -227,13 +330,15 @@ def _notes(grid: _Grid) -> list[str]:
     for task in grid.tasks:
         run = grid.column(task)[0]
         rows.append(escape_markdown(f"{task_label(task)} {run['split']} ({run['rows']} rows)"))
+    asked = ["squad" in str(task) for task in grid.tasks]
+    benchmark = "SQuAD" if all(asked) else "GLUE and SQuAD" if any(asked) else "GLUE"
     seeds = sorted({run["seed"] for run in runs})
     commits = sorted({run["commit"] or "unknown" for run in runs})
     devices = sorted({run["device"] for run in runs})
     return [
         "Main metric x 100 of the packed model, mean ± sample standard deviation over the seeds. Drop: teacher minus "
         "packed model, each run against its own teacher; negative is a gain.",
-        f"Paper: drop of {PUBLISHED_SOURCE}, at the same bits with the same weight quantizer; "
+        f"Paper: drop of {PUBLISHED_SOURCE}, {benchmark} dev, at the same bits with the same weight quantizer; "
         "**over** marks a mean drop above it.",
         f"Evaluated on: {', '.join(rows)}. Runs: {len(runs)}. Seeds: {', '.join(map(str, seeds))}. "
         f"Commits: {escape_markdown(', '.join(commit[:7] + commit[40:] for commit in commits))}. "

@@ -16,6 +16,7 @@ from trainers.data import (
     READERS,
     TASKS,
     data_identity,
+    eval_splits,
     get_task,
     label_config,
     load_data,
@@ -57,6 +58,9 @@ def sst2(sentences=SENTENCES, labels=LABELS) -> dict:
 
 def rows(task) -> dict:
     """Four rows with the columns of `task`."""
+    if task.kind == "question-answering":
+        answers = [{"text": [text], "answer_start": [0]} for text in "wxyz"]
+        return {"id": list("0123"), "context": list("wxyz"), "question": list("abcd"), "answers": answers}
     text = {task.text: ["a", "b", "c", "d"]} | ({task.text_pair: ["w", "x", "y", "z"]} if task.text_pair else {})
     return text | {
         "label": [0.0, 5.0, 2.5, 1.25] if task.kind == "regression" else [0, 1, 1, len(task.label_names) - 1]
@@ -78,28 +82,40 @@ def no_hub(monkeypatch):
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_loads_with_normalised_columns(tmp_path, name):
     task = TASKS[name]
-    folder(tmp_path / name, rows(task))
+    for split in ("train", *task.eval_splits):
+        write(tmp_path / name / f"{split}.parquet", rows(task))
     data = load_data(DataSpec(task=name, path=str(tmp_path)))
-    assert isinstance(data, DatasetDict) and list(data) == ["train", "validation"]
+    assert isinstance(data, DatasetDict) and list(data) == ["train", *task.eval_splits]
+    assert task_of(DataSpec(task=name), data) is task
+    if task.kind == "question-answering":
+        assert data["train"].to_dict() == rows(task)
+        return
     assert data["train"].column_names == ["text"] + ["text_pair"] * (task.text_pair is not None) + ["label"]
     assert data["train"]["text"][:] == ["a", "b", "c", "d"]
     if task.text_pair:
         assert data["train"]["text_pair"][:] == ["w", "x", "y", "z"]
     assert data["train"]["label"][:] == rows(task)["label"]
-    assert task_of(DataSpec(task=name), data) is task
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_label_config_follows_the_task(tmp_path, name):
     task = TASKS[name]
-    config = label_config(load_data(DataSpec(task=name, path=str(folder(tmp_path, rows(task))))))
-    if task.kind == "regression":
+    config = label_config(load_data(DataSpec(task=name, path=str(folder(tmp_path, rows(task)))), ["train"]))
+    if task.kind == "question-answering":
+        assert config == {}
+    elif task.kind == "regression":
         assert config["num_labels"] == 1 and config["problem_type"] == "regression"
     else:
         assert config["problem_type"] == "single_label_classification"
         assert tuple(config["id2label"].values()) == task.label_names
         assert [config["label2id"][name] for name in task.label_names] == list(range(config["num_labels"]))
     BertConfig(**config)
+
+
+def test_mnli_is_evaluated_on_both_of_its_splits_unless_one_is_named():
+    assert eval_splits(DataSpec(task="mnli")) == ("validation_matched", "validation_mismatched")
+    assert eval_splits(DataSpec(task="mnli", eval_split="validation_mismatched")) == ("validation_mismatched",)
+    assert eval_splits(DataSpec(task="sst2")) == eval_splits(DataSpec(text="a", label="b")) == ("validation",)
 
 
 def test_glue_is_complete():
