@@ -19,6 +19,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
 from transformers.utils import logging
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .layers import FixedGELU, FixedLayerNorm, PackedEmbedding, PackedLinear
 from .ops import WHY_NOT_NATIVE, EmbeddingTables, LayerWeights, NativeEncoder, NativeWeight, place_of, supports
@@ -107,7 +108,10 @@ _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "
 
 def fuse_backbone(model: nn.Module) -> None:
     """Let the backbone inside a model with a head ask the engine first."""
-    model.__class__ = _FUSED.get(type(model), type(model))
+    if type(model) in _FUSED:
+        model.__class__ = _FUSED[type(model)]
+        # Transformers looks up by the class's name what a model can record, and noted it when the model was made.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
 
 
 def fused_forward_of(model_class: type) -> Callable | None:

@@ -136,6 +136,17 @@ def test_inputs_that_no_model_can_take(packed):
             model(inputs_embeds=vectors[:, :0])
 
 
+@pytest.mark.parametrize("backbone, head", EVERY_HEAD)
+@pytest.mark.parametrize("bits", ["2-2-8", "32-32-32"])
+def test_hidden_states_and_attentions_come_when_asked_for(backbone, head, bits):
+    model, given = latent(backbone, head, bits=bits), inputs(head)
+    for state in (model, model.train(), *([] if bits == "32-32-32" else [model.pack()])):
+        with torch.no_grad():
+            state(**given)
+            outputs = state(**given, output_hidden_states=True, output_attentions=True)
+        assert len(outputs.hidden_states) == 3 and len(outputs.attentions) == 2
+
+
 def test_the_last_positions_of_roberta():
     model = latent("roberta")  # two positions go to the pad token's offset
     assert torch.isfinite(logits(model, torch.full((1, 38), 7))).all()
