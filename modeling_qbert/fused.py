@@ -131,6 +131,8 @@ def _answer(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     tensor = ids if embedded is None else embedded
     if tensor.device.type != "cpu" or (mask is not None and (mask.dim() != 2 or mask.shape != tensor.shape[:2])):
         return None
+    if not any(type(module) is PackedLinear for module in model.encoder.modules()):
+        return None
     engine = _engine(model)
     if engine is None:
         return None
