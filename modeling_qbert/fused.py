@@ -224,6 +224,9 @@ def _layer_weights(layer: nn.Module) -> "LayerWeights":
     attention = layer.attention.self
     if layer.is_decoder or layer.chunk_size_feed_forward:
         raise _NotFusedError("the engine has no decoder and no chunks")
+    for output in (layer.attention.output, layer.output):
+        if type(output.dropout) is not nn.Dropout:
+            raise _NotFusedError(f"the engine has no {type(output.dropout).__name__}")
     act = layer.intermediate.intermediate_act_fn
     if type(act) not in (FixedGELU, nn.ReLU):
         raise _NotFusedError(f"the engine has no {type(act).__name__}")

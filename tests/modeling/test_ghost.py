@@ -13,6 +13,7 @@ from modeling_qbert import (
     GhostBertConfig,
     checkpoint_report,
     format_report,
+    fused,
     get_model_class,
     ghost_parameters,
     multiply_adds,
@@ -303,6 +304,13 @@ def test_every_head_through_a_file_and_auto_classes(backbone, head, bits, tmp_pa
     assert type(loaded) is type(model) and loaded.is_packed == (bits == "2-2-8")
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(answers(loaded, given), expected)
+
+
+def test_the_fused_engine_leaves_ghosts_to_the_layers():
+    layers = [ghosts(bits="2-2-8", ghost_placement=where).pack().bert.encoder.layer[0] for where in PLACEMENTS[:3]]
+    for layer in layers:
+        with pytest.raises(fused._NotFusedError, match="no GhostFeatures"):
+            fused._layer_weights(layer)
 
 
 def test_dequantize_keeps_the_ghosts():
