@@ -27,7 +27,7 @@ $(VENV)/demo.stamp: EXTRAS = demo
 $(VENV)/dev.stamp: EXTRAS = demo,dev
 
 # A stamp is as new as the environment; dev holds all that demo needs.
-$(VENV)/%.stamp: pyproject.toml constraints.txt
+$(VENV)/%.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	touch $(VENV)/demo.stamp $@

@@ -24,7 +24,7 @@ from .packing import FORMAT_VERSION, PACKINGS, find_invalid_code
 WEIGHTS_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 4_000_000  # a packed BERT's header is some 50 kB
 MAX_SCALE = 1e6  # a trained weight scale is below 1
-QUANTIZER_STATE = ("weight_scale", "_quantizer.step", "_quantizer.clip")  # always fp32
+QUANTIZER_STATE = ("weight_scale", "_quantizer.step", "_quantizer.shift", "_quantizer.clip")  # always fp32
 MIN_SCALE = torch.finfo(torch.float32).tiny  # a denormal may count as 0 on some device
 _ITEM_SIZE = {"U8": 1, "F32": 4, "BF16": 2, "F16": 2}
 _DTYPE_NAMES = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -33,6 +33,10 @@ _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 class CheckpointError(ValueError):
     """A checkpoint that must not be used; the text names the file and the tensor or field, expected and found."""
+
+
+class ShapeError(CheckpointError, RuntimeError):
+    """Tensors of other shapes than the model's, for which Transformers' callers expect a RuntimeError."""
 
 
 @dataclass(frozen=True)

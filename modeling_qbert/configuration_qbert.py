@@ -31,7 +31,7 @@ _RANGES = {
 }
 # Fields younger than the first files of this format; a file leaves them out while they have their default, so that
 # saving an old model again gives its old bytes.
-_YOUNGER_FIELDS = ("planes", "split_modules", "ternary_modules", "position_bits", "head_dim")
+_YOUNGER_FIELDS = ("binary_quantizer", "planes", "split_modules", "ternary_modules", "position_bits", "head_dim")
 _MAX_PARAMETERS = 2_000_000_000
 _LOW_BIT_WORD = re.compile(r"bits|quant|granularity|packing|planes|ghost")
 
@@ -44,8 +44,8 @@ class LowBitConfig(PreTrainedConfig):
     Args:
         bits (`str`, *optional*, defaults to `"2-2-8"`):
             W-E-A: bits of encoder weights, word embedding and activations. 1 is binary {-1, +1}, 2 is ternary
-            {-1, 0, +1}, 8 is symmetric int8, 32 is full precision; activations have 8, 4 or 32. Quantized activations
-            need quantized weights.
+            {-1, 0, +1}, 3, 4 and 8 are symmetric whole numbers, 32 is full precision; activations have 1, 2, 4, 8 or
+            32. Quantized activations need quantized weights; 1 and 2 bits of them the quantizer `"lsq"`.
         weight_quantizer (`"twn"` or `"lat"`, *optional*, defaults to `"twn"`):
             Ternary quantizer: approximation based (TWN) or loss aware (LAT).
         weight_granularity, embedding_granularity (*optional*, default to `"per_tensor"` and `"per_row"`):
@@ -58,6 +58,8 @@ class LowBitConfig(PreTrainedConfig):
         activation_granularity (`"per_token"` or `"per_tensor"`, *optional*, defaults to `"per_token"`):
             One dynamic range per token, or one over the whole batch as in the papers: predictions then depend on the
             batch. A learned step size belongs to no token and no batch.
+        binary_quantizer (`"bwn"` or `"centered"`, *optional*, defaults to `"bwn"`):
+            Binary quantizer: the sign of a weight, or of its distance from its group's mean (BiT).
         planes (`1` or `2`, *optional*, defaults to 1):
             Code matrices of a binary layer, which sums them: 1 is plain binary, 2 is the outcome of ternary weight
             splitting (BinaryBERT).
@@ -78,6 +80,7 @@ class LowBitConfig(PreTrainedConfig):
     group_size: int = 64
     activation_quantizer: Literal["symmetric", "asymmetric", "pact", "lsq"] = "asymmetric"
     activation_granularity: Literal["per_token", "per_tensor"] = "per_token"
+    binary_quantizer: Literal["bwn", "centered"] = "bwn"
     planes: Literal[1, 2] = 1
     split_modules: list[str] | None = None
     ternary_modules: list[str] | None = None
@@ -116,9 +119,9 @@ class LowBitConfig(PreTrainedConfig):
         """Run by `@strict` after birth and before saving: every error names the field, its range and its value."""
         weight, embedding, activation = self.bit_widths
         for name, value, allowed in (
-            ("weights", weight, (1, 2, 8, 32)),
-            ("embedding", embedding, (1, 2, 8, 32)),
-            ("activations", activation, (4, 8, 32)),
+            ("weights", weight, (1, 2, 3, 4, 8, 32)),
+            ("embedding", embedding, (1, 2, 3, 4, 8, 32)),
+            ("activations", activation, (1, 2, 4, 8, 32)),
         ):
             if value not in allowed:
                 raise ValueError(f"config field `bits`: {name} must have one of {allowed} bits, found {self.bits!r}")
@@ -126,6 +129,11 @@ class LowBitConfig(PreTrainedConfig):
             raise ValueError(
                 f"config field `bits`: quantized activations need quantized weights, found {self.bits!r}; "
                 "use 32 bits for both or fewer for the weights"
+            )
+        if activation < 4 and self.activation_quantizer != "lsq":
+            raise ValueError(
+                f"config field `activation_quantizer` must be 'lsq' for {activation}-bit activations, found "
+                f"{self.activation_quantizer!r}"
             )
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name, low)
@@ -140,6 +148,8 @@ class LowBitConfig(PreTrainedConfig):
             )
         if (self.planes == 2 or self.ternary_modules) and 1 not in (weight, embedding):
             raise ValueError(f"config fields `planes` and `ternary_modules` need binary weights, found {self.bits!r}")
+        if self.planes == 2 and self.binary_quantizer != "bwn":
+            raise ValueError("config field `binary_quantizer` must be 'bwn' with 2 planes: splitting is made for it")
         if self.split_modules is not None and self.planes == 1:
             raise ValueError("config field `split_modules` needs `planes` to be 2")
         layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
@@ -213,7 +223,7 @@ class LowBitConfig(PreTrainedConfig):
         if bits == 1 and module in (self.ternary_modules or ()):
             bits = 2
         split = bits == 1 and self.planes == 2 and (self.split_modules is None or module in self.split_modules)
-        quantizer = {1: "bwn", 2: self.weight_quantizer}.get(bits, f"int{bits}")
+        quantizer = {1: self.binary_quantizer, 2: self.weight_quantizer}.get(bits, f"int{bits}")
         return WeightSpec(quantizer, granularity, self.group_size, 2 if split else 1)
 
     def compute_fields(self) -> dict[str, Any]:

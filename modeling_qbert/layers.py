@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops import dequantize_weight, flatten_planes, has_fast_int8, quantized_linear, scaled_code_sums
+from .ops import (
+    dequantize_weight,
+    flatten_planes,
+    gelu,
+    has_fast_int8,
+    layer_norm,
+    quantized_linear,
+    scaled_code_sums,
+)
 from .packing import pack_codes, packed_columns, unpack_codes
 from .quantizers import (
     WEIGHT_QUANTIZERS,
@@ -55,7 +63,7 @@ class WeightSpec:
 
     def packing(self, ternary_packing: str) -> str:
         """Layout of the packed bits, given the one chosen for ternary codes."""
-        return {1: "1bit", 2: ternary_packing, 8: "int8"}[self.bits]
+        return {1: "1bit", 2: ternary_packing, 3: "3bit", 4: "4bit", 8: "int8"}[self.bits]
 
     def quantize(self, weight: Tensor, scale: Tensor | None) -> Quantized:
         """Codes int8 and scale of a latent weight (O, I) or (P, O, I), each plane by itself; `scale` is the state of
@@ -254,6 +262,24 @@ def _quantize_input(x: Tensor, quantizer: InputQuantizer, token_mask: Tensor | N
     if not compiling:
         _last_input.value = (weakref.ref(x), key, (None if carrier is x else carrier, quantized))
     return carrier, quantized
+
+
+class FixedLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm whose answers in eval mode are those of `ops.layer_norm`; training uses torch's faster kernel."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        super().__init__(norm.normalized_shape, eps=norm.eps, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class FixedGELU(nn.Module):
+    """GELU whose answers in eval mode are those of `ops.gelu`; training uses torch's faster kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x) if self.training else gelu(x)
 
 
 class _PackedMixin:

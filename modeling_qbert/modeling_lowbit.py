@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import GELUActivation
 from transformers.models.bert.modeling_bert import BertLayer, BertPooler
 from transformers.models.electra.modeling_electra import (
     ElectraClassificationHead,
@@ -20,10 +21,20 @@ from transformers.models.electra.modeling_electra import (
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead, RobertaLayer, RobertaPooler
 
 from .attention import quantized_attention  # noqa: F401 (registers the attention functions)
-from .checkpoint import WEIGHTS_FILE, CheckpointError, canonicalize_header, check_folder, stale_weights
+from .checkpoint import WEIGHTS_FILE, CheckpointError, ShapeError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import LowBitConfig, low_bit_fields
+from .fused import fuse_backbone, fused_forward_of
 from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory, register_quantizer
-from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear, WeightSpec, pack_layer
+from .layers import (
+    FixedGELU,
+    FixedLayerNorm,
+    PackedEmbedding,
+    PackedLinear,
+    QuantEmbedding,
+    QuantLinear,
+    WeightSpec,
+    pack_layer,
+)
 from .lora import refuse_adapters
 from .ops import dequantize_weight
 from .packing import PACKINGS
@@ -101,9 +112,16 @@ class LowBitMixin:
     fake-quantize in forward. packed: after `pack()`, or loaded from a packed checkpoint, they hold bits and scales.
     """
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        forward = fused_forward_of(cls)
+        if forward is not None:
+            cls.forward = forward
+
     def __init__(self, config, *args, **kwargs):
         with _constructible(config):
             super().__init__(config, *args, **kwargs)
+        fuse_backbone(self.base_model)
         self._resize_heads()
         self._insert_quantizers()
         for module in self.modules():
@@ -157,12 +175,22 @@ class LowBitMixin:
         if config.position_spec is not None:
             owner = self.base_model.embeddings
             owner.position_embeddings = QuantEmbedding(owner.position_embeddings, config.position_spec)
+        if config.bit_widths[2] != 32:
+            self._fix_float_steps()
         self.base_model.register_forward_pre_hook(check_inputs, with_kwargs=True)
         if config.bit_widths[2] != 32 and (
             config.activation_granularity == "per_tensor" or config.activation_quantizer == "lsq"
         ):
             self.base_model.register_forward_pre_hook(share_token_mask, with_kwargs=True)
         self.update_scales(None)
+
+    def _fix_float_steps(self) -> None:
+        """Swap the float steps between two quantized products: a code must not depend on how a kernel rounds."""
+        for name, module in list(self.base_model.named_modules()):
+            if type(module) is nn.LayerNorm:
+                self.base_model.set_submodule(name, FixedLayerNorm(module))
+            elif isinstance(getattr(module, "intermediate_act_fn", None), GELUActivation):
+                module.intermediate_act_fn = FixedGELU()
 
     def _linears_to_quantize(self) -> dict[str, nn.Linear]:
         """Name -> linear layer of the encoder layers and of what does the pooler's work."""
@@ -188,10 +216,12 @@ class LowBitMixin:
         if bits == 32 or kind not in ("lsq", "pact"):
             return lambda name, columns: config.activation_quantizer_spec  # noqa: ARG005
 
-        def learned(columns: int, above: float | None = None) -> LsqQuantizer | PactQuantizer:
+        def learned(
+            columns: int, above: float | None = None, channels: int | None = None
+        ) -> LsqQuantizer | PactQuantizer:
             """Symmetric, or `above` a floor."""
             if kind == "lsq":
-                return LsqQuantizer(bits, above, columns * positions)
+                return LsqQuantizer(bits, above, columns * positions, channels or columns)
             dynamic = ActivationQuantizer(bits, above is None, config.activation_granularity == "per_tensor")
             return PactQuantizer(dynamic)
 
@@ -202,7 +232,8 @@ class LowBitMixin:
             second.add(f"{name}.output.dense")
             attention = layer.attention.self
             for part in ("query", "key", "value"):
-                attention.register_module(f"{part}_quantizer", learned(attention.all_head_size))
+                width = attention.attention_head_size
+                attention.register_module(f"{part}_quantizer", learned(attention.all_head_size, channels=width))
             attention.input_quantizer = learned(config.hidden_size)
             if kind == "lsq":
                 attention.probability_quantizer = learned(heads * positions, above=0.0)
@@ -250,7 +281,8 @@ class LowBitMixin:
             foreign = isinstance(error, RuntimeError) and "mismatch" not in str(error)
             if foreign or (isinstance(error, CheckpointError) and source in str(error)):
                 raise
-            raise CheckpointError(f"{source}: {error}") from error
+            kind = ShapeError if isinstance(error, RuntimeError) else CheckpointError
+            raise kind(f"{source}: {error}") from error
         types = getattr(getattr(model, "hf_quantizer", None), "float_dtypes", {model.dtype})
         if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in ("auto", None) and model.dtype not in types:
             raise CheckpointError(f"{source}/config.json: field 'dtype' is {model.dtype}, the file holds {types}")

@@ -1,7 +1,9 @@
 """Products and look-ups of quantized tensors in plain torch; the only door to faster kernels.
 
 A product of codes is accumulated exactly, so fake-quant and packed layers, every batch and every device give the same
-whole numbers; one fixed float formula then applies the scales.
+whole numbers; one fixed float formula then applies the scales. The float steps between products (`layer_norm`,
+`gelu`, softmax in `quantizers`) are sequences of single roundings as well, so that the native engine, another CPU or
+another batch cannot move a code.
 
 Shapes: N tokens (any leading dims flattened), O out rows, I in columns, G groups, P planes.
 """
@@ -11,6 +13,14 @@ from torch import Tensor
 
 from .quantizers import Quantized, expand_scale
 
+
+try:
+    from .native import EmbeddingTables, LayerWeights, NativeEncoder, NativeWeight, place_of, supports_groups
+
+    WHY_NOT_NATIVE = ""
+except ImportError as _error:  # built without a compiler, or copied as remote code
+    EmbeddingTables = LayerWeights = NativeEncoder = NativeWeight = place_of = supports_groups = None
+    WHY_NOT_NATIVE = str(_error)
 
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32
 
@@ -57,31 +67,35 @@ def linear_codes(
 ) -> Tensor:
     """Linear layer of an activation (N, I) and a weight (P * O, I), both int8 codes -> float32 (N, O).
 
-    y = bias + the sum over scale groups of x offset * `scaled_code_sums` + code products * x scale * weight scale.
-    The outputs of planes are added to the bias in their order. `sums` are the weight's `scaled_code_sums`, if they are
-    known already.
+    y = bias + the sum over scale groups, and within a group over planes, of x offset * `scaled_code_sums` + code
+    products * x scale * weight scale. `sums` are the weight's `scaled_code_sums`, if they are known already.
     """
     if x.offset is not None and sums is None:
         sums = scaled_code_sums(weight, bound, group_size)
-    if planes > 1:
-        parts = linear_codes(x, weight, None, bound, group_size, sums).chunk(planes, 1)
-        return sum(parts[1:], parts[0] if bias is None else bias.float() + parts[0])
     y = None if bias is None else bias.float()
-    if weight.scale.shape[1] == 1:
-        return _add_products(y, matmul_codes(x.codes, weight.codes, bound), x, weight.scale.view(1, -1), sums)
+    groups = weight.scale.shape[1]
     for group, scale in enumerate(weight.scale.unbind(1)):
         columns = slice(group * group_size, (group + 1) * group_size)
-        products = matmul_codes(x.codes[:, columns].contiguous(), weight.codes[:, columns].contiguous(), bound)
-        y = _add_products(y, products, x, scale.view(1, -1), None if sums is None else sums[group : group + 1])
+        codes = (x.codes, weight.codes)
+        if groups > 1:
+            codes = [part[:, columns].contiguous() for part in codes]
+        products = matmul_codes(*codes, bound).chunk(planes, 1)
+        parts = (None,) * planes if sums is None else sums[group : group + 1].chunk(planes, 1)
+        scales = scale.view(1, -1).chunk(planes, 1)
+        for product, plane, part in zip(products, scales, parts):
+            y = _add_products(y, product, x, plane, part)
     return y
 
 
 def _add_products(y: Tensor | None, products: Tensor, x: Quantized, scale: Tensor, sums: Tensor | None) -> Tensor:
-    """y (+ x offset * sums) + products * x scale * weight scale: products (N, O), scale and sums (1, O) or (1, 1)."""
+    """(x offset * sums + y) + products * (x scale * weight scale): products (N, O), scale and sums (1, O) or (1, 1).
+
+    Operation by operation: `addcmul` rounds once or twice, as the CPU and the place in memory have it.
+    """
     if x.offset is not None:
-        y = x.offset * sums if y is None else torch.addcmul(y, x.offset, sums)
-    scales = x.scale * scale
-    return products * scales if y is None else torch.addcmul(y, products, scales)
+        y = x.offset * sums if y is None else x.offset * sums + y
+    products = products.mul_(x.scale * scale)
+    return products if y is None else products.add_(y)
 
 
 def scaled_code_sums(weight: Quantized, bound: int, group_size: int) -> Tensor:
@@ -205,3 +219,50 @@ def quantized_matmul(a: Tensor, b: Tensor, a_quantized: Quantized, b_quantized: 
     if not torch.is_grad_enabled():
         return _product(a_quantized, b_quantized)
     return _MatmulCodes.apply(a, b, *a_quantized, *b_quantized)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dim; mean, variance and root are taken in float64 and rounded once."""
+    dtype, x = x.dtype, x.float()
+    columns = x.shape[-1]
+    centered = x - (x.sum(-1, keepdim=True, dtype=torch.float64) / columns).float()
+    variance = (centered.square().sum(-1, keepdim=True, dtype=torch.float64) / columns).float()
+    inverse = (1 / (variance + eps).double().sqrt()).float()  # torch's float32 root is not always the nearest number
+    return (centered * inverse * weight.float() + bias.float()).to(dtype)
+
+
+GELU_LIMIT = 5.25
+# Numerator and denominator, in t^2, of (normal distribution function of t - 1/2) / t: our weighted least-squares fit
+# for |t| <= 5.25. In float32 GELU is within 1.2e-6 of its exact value for |x| <= 12.
+GELU_NUMERATOR = (
+    0.39894214272499084,
+    0.0336160734295845,
+    0.004671834409236908,
+    0.00016763329040259123,
+    6.462956662289798e-06,
+    2.371082175045558e-08,
+)
+GELU_DENOMINATOR = (
+    1.0,
+    0.2509281039237976,
+    0.0285341814160347,
+    0.001877225935459137,
+    7.388471567537636e-05,
+    1.233577677339781e-06,
+)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU by a rational function: every device and compiler rounds it alike, unlike its erf."""
+    dtype, x = x.dtype, x.float()
+    limited = x.clamp(-GELU_LIMIT, GELU_LIMIT)
+    square = limited * limited
+    numerator, denominator = (_polynomial(square, coefficients) for coefficients in (GELU_NUMERATOR, GELU_DENOMINATOR))
+    return (x * (limited * numerator / denominator + 0.5)).to(dtype)
+
+
+def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    value = x * coefficients[-1]
+    for coefficient in coefficients[-2:0:-1]:
+        value = (value + coefficient) * x
+    return value + coefficients[0]

@@ -15,6 +15,11 @@ A weight of O rows and I columns becomes a uint8 tensor of O rows; every row sta
 
     byte   (c0 + 1) + 3 (c1 + 1) + 9 (c2 + 1) + 27 (c3 + 1) + 81 (c4 + 1)        243..255 are errors
 
+`4bit`, two codes of 4 bits a byte, column 0 in the low half, code c in -7..7 stored as c + 8, and `3bit`, the same
+with codes in -3..3 (a start for fewer bits, not for the shelf: it takes 4 bits):
+
+    byte   1111 0000          -7 -> 1    0 -> 8    +7 -> 15         0 is an error
+
 `int8`, one signed byte a weight (as stored in uint8: two's complement), for 8-bit weights; -128 is an error. One more
 byte ends each row: no packed tensor has the shape of the float weight, so none can be loaded as one.
 
@@ -29,8 +34,10 @@ from torch import Tensor
 
 FORMAT_VERSION = 1
 PACKINGS = ("2bit", "dense")  # the layouts a user may choose for ternary codes
-_DIGITS = {"1bit": 8, "2bit": 4, "dense": 5, "int8": 1}  # codes a byte
-_BASE = {"1bit": 2, "2bit": 4, "dense": 3, "int8": 256}
+_DIGITS = {"1bit": 8, "2bit": 4, "dense": 5, "3bit": 2, "4bit": 2, "int8": 1}  # codes a byte
+_BASE = {"1bit": 2, "2bit": 4, "dense": 3, "3bit": 16, "4bit": 16, "int8": 256}
+_ZERO = {"2bit": 1, "dense": 1, "3bit": 8, "4bit": 8}  # digit of code 0; a binary code c is stored as (c + 1) / 2
+_LARGEST = {"3bit": 3, "4bit": 7}  # magnitude of a code
 
 
 def packed_columns(columns: int, packing: str) -> int:
@@ -47,7 +54,7 @@ def pack_codes(codes: Tensor, packing: str) -> Tensor:
     digits, base = _DIGITS[packing], _BASE[packing]
     rows, columns = codes.shape
     padded = torch.zeros(rows, packed_columns(columns, packing) * digits, dtype=torch.int32, device=codes.device)
-    padded[:, :columns] = (codes.int() + 1) // (2 if packing == "1bit" else 1)
+    padded[:, :columns] = (codes.int() + 1) // 2 if packing == "1bit" else codes.int() + _ZERO[packing]
     weights = torch.tensor([base**k for k in range(digits)], dtype=torch.int32, device=codes.device)
     return (padded.view(rows, padded.shape[1] // digits, digits) * weights).sum(-1).to(torch.uint8)
 
@@ -65,7 +72,7 @@ def _make_code_table(packing: str) -> Tensor:
     byte, base = torch.arange(256, device="cpu").unsqueeze(1), _BASE[packing]
     places = torch.tensor([base**k for k in range(_DIGITS[packing])], device="cpu")
     digits = byte // places % base
-    return (digits * 2 - 1 if packing == "1bit" else digits - 1).to(torch.int8)
+    return (digits * 2 - 1 if packing == "1bit" else digits - _ZERO[packing]).to(torch.int8)
 
 
 _CODE_TABLES = {packing: _make_code_table(packing) for packing in _BASE if packing != "int8"}
@@ -91,8 +98,13 @@ def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, 
         bad = packed == 128
     elif packing == "dense":
         bad = packed >= 243
-    else:
+    elif packing == "2bit":
         bad = (packed & (packed >> 1) & 0x55) != 0
+    else:
+        low, high = _is_no_code(packed & 15, packing), _is_no_code(packed >> 4, packing)
+        if columns % 2:
+            high[:, -1] = False  # a pad
+        bad = low | high
     digits = _DIGITS[packing]
     used = columns - (packed.shape[1] - 1) * digits  # codes in the last byte of a row
     if used < digits:
@@ -105,10 +117,16 @@ def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, 
     return row, byte * digits + _first_invalid_digit(int(packed[row, byte]), used, packing), count
 
 
+def _is_no_code(digit: Tensor, packing: str) -> Tensor:
+    return (digit < _ZERO[packing] - _LARGEST[packing]) | (digit > _ZERO[packing] + _LARGEST[packing])
+
+
 def _first_invalid_digit(value: int, used: int, packing: str) -> int:
     """Place to blame in an invalid byte: a code 11, else the first pad; a byte past base 3 is wrong as a whole."""
     if packing == "1bit":
         return next(k for k in range(used, 8) if value >> k & 1)
     if packing == "2bit":
         return next(k for k in range(4) if value >> 2 * k & 3 == 3 or (k >= used and value >> 2 * k & 3))
+    if packing in _LARGEST:
+        return 0 if bool(_is_no_code(torch.tensor(value & 15), packing)) else 1
     return used if used < _DIGITS[packing] and value < 243 else 0

@@ -8,6 +8,7 @@ Training, packing and tests call these functions; nothing else in the project co
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -162,6 +163,14 @@ def quantize_bwn(weight: Tensor, granularity: str, group_size: int = 64) -> Quan
     return Quantized(codes, (total / _group_count(weight, granularity, group_size)).clamp_min(TINY))
 
 
+def quantize_centered(weight: Tensor, granularity: str, group_size: int = 64) -> Quantized:
+    """Binary: sign of w minus its group's mean, times mean |w| (BiT, Liu et al. 2022; BiBERT takes rows as groups)."""
+    count = _group_count(weight, granularity, group_size)
+    mean = expand_scale(_group_sum(weight, granularity, group_size) / count, weight.shape[1], group_size)
+    codes = (weight >= mean).view(torch.int8).mul(2).sub_(1)
+    return Quantized(codes, (_group_sum(weight.abs(), granularity, group_size) / count).clamp_min(TINY))
+
+
 def quantize_symmetric(weight: Tensor, granularity: str, group_size: int, bits: int = 8) -> Quantized:
     """Symmetric k-bit codes in ±(2^(k-1) - 1), scale max|w| / (2^(k-1) - 1) (TernaryBERT's 8-bit weights)."""
     levels = 2 ** (bits - 1) - 1
@@ -173,8 +182,11 @@ def quantize_symmetric(weight: Tensor, granularity: str, group_size: int, bits: 
 # name -> (bits, quantizer). "lat" keeps its scale as state: codes follow from the latent weight and that scale alone.
 WEIGHT_QUANTIZERS: dict[str, tuple[int, Callable[..., Quantized]]] = {
     "bwn": (1, quantize_bwn),
+    "centered": (1, quantize_centered),
     "twn": (2, quantize_twn),
     "lat": (2, codes_from_lat_scale),
+    "int3": (3, partial(quantize_symmetric, bits=3)),
+    "int4": (4, partial(quantize_symmetric, bits=4)),
     "int8": (8, quantize_symmetric),
 }
 
@@ -235,19 +247,25 @@ class LsqQuantizer(nn.Module):
     """Quantizer with one learned step size (Esser et al., Learned Step Size Quantization (2020); BinaryBERT's A4).
 
     Codes are round((x - low) / step), clamped to k unsigned bits; without `low`, round(x / step) clamped to k signed
-    bits. `step` is 0 until `calibrate` has seen a batch, then positive, and saved as it is used.
+    bits. `step` is 0 until `calibrate` has seen a batch, then positive, and saved as it is used. One bit is elastic
+    binarization (BiT, Liu et al. 2022, eq. 4-6): {0, 1} above `low`, otherwise {-1, +1}, the sign of x minus a learned
+    `shift` for each channel.
 
     Args:
-        bits: 2 to 8.
+        bits: 1 to 8.
         low: least value of x, where there is one: 0 after ReLU and softmax. A constant instead of the batch's minimum,
             which the papers take: a prediction must not depend on its batch.
         features: numbers that one longest input sentence has here; scales the gradient of the step size (LSQ eq. 5).
+        channels: size of x's last dim, for the shift.
     """
 
-    def __init__(self, bits: int, low: float | None, features: int):
+    def __init__(self, bits: int, low: float | None, features: int, channels: int = 1):
         super().__init__()
-        self.low = low
+        self.low, self.signs = low, bits == 1 and low is None
         self.least, self.most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if low is None else (0, 2**bits - 1)
+        if self.signs:
+            self.least, self.most = -1, 1
+            self.shift = nn.Parameter(torch.zeros(channels))
         self.gradient_scale = 1 / math.sqrt(features * self.most)
         self.step = nn.Parameter(torch.zeros(()))
         self.calibrating, self._ready = False, False
@@ -268,12 +286,17 @@ class LsqQuantizer(nn.Module):
     ) -> tuple[Tensor, Quantized]:
         """(x for the backward pass, quantized x); codes come as float whole numbers, from 0 where there is `low`."""
         x = x.float()
+        if self.signs:
+            x = x - self.shift
         if not self._ready and not torch.compiler.is_compiling():
             self._prepare(x, valid)
         step = self.step.detach().clamp_min(MIN_STEP)
         with torch.no_grad():
-            shifted = x if self.low is None else x - self.low
-            codes = (shifted / step).round_().clamp_(self.least, self.most)
+            if self.signs:
+                codes = torch.where(x >= 0, 1.0, -1.0)
+            else:
+                shifted = x if self.low is None else x - self.low
+                codes = (shifted / step).round_().clamp_(self.least, self.most)
         shape = (1,) * x.dim()
         offset = None if not self.low else torch.full(shape, self.low, device=x.device)
         carrier = _LearnedStep.apply(x, self.step, self) if torch.is_grad_enabled() else x
@@ -287,13 +310,15 @@ class LsqQuantizer(nn.Module):
         self._ready = True
 
     def reset(self) -> None:
-        """Forget the step size."""
+        """Forget the step size and the shift."""
         self.step.data.zero_()
+        if self.signs:
+            self.shift.data.zero_()
         self._ready = False
 
     def _apply(self, fn, recurse=True):
         self._ready = False
-        return _apply_keeping_float32(self, "step", fn, recurse)
+        return _apply_keeping_float32(self, fn, recurse)
 
     def extra_repr(self) -> str:
         return f"codes {self.least}..{self.most}, low={self.low}"
@@ -314,7 +339,10 @@ class _LearnedStep(torch.autograd.Function):
         quantizer = ctx.quantizer
         level = (x if quantizer.low is None else x - quantizer.low) / step.clamp_min(MIN_STEP)
         inside = (level >= quantizer.least) & (level <= quantizer.most)
-        slope = level.round().clamp_(quantizer.least, quantizer.most) - level * inside
+        if quantizer.signs:  # step * sign(x)
+            slope = torch.where(x >= 0, 1.0, -1.0)
+        else:
+            slope = level.round().clamp_(quantizer.least, quantizer.most) - level * inside
         return grad * inside, (grad.float() * slope).sum() * quantizer.gradient_scale, None
 
 
@@ -342,19 +370,20 @@ class PactQuantizer(nn.Module):
         self.clip.data.copy_(torch.tensor([-PACT_CLIP, PACT_CLIP]))
 
     def _apply(self, fn, recurse=True):
-        return _apply_keeping_float32(self, "clip", fn, recurse)
+        return _apply_keeping_float32(self, fn, recurse)
 
     def extra_repr(self) -> str:
         return str(self.dynamic)
 
 
-def _apply_keeping_float32(module: nn.Module, name: str, fn, recurse: bool) -> nn.Module:
+def _apply_keeping_float32(module: nn.Module, fn, recurse: bool) -> nn.Module:
     """`nn.Module._apply` that moves a quantizer but never rounds its state: a cast to bf16 would change codes."""
-    before = getattr(module, name).data
+    before = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
     nn.Module._apply(module, fn, recurse)
-    after = getattr(module, name)
-    if after.dtype != torch.float32:
-        after.data = before.to(after.device)
+    for name, data in before.items():
+        after = getattr(module, name)
+        if after.dtype != torch.float32:
+            after.data = data.to(after.device)
     return module
 
 
@@ -379,9 +408,10 @@ def softmax_codes(scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | N
     With e = exp(score - row maximum) the largest probability of a row has e = 1, so the per-token codes are
     round(levels * e) and the scale 1 / (levels * sum e): masked scores get code 0, and neither padding nor the order
     of a sum can move a code. Probabilities are never negative, so their lower bound is 0 in both min-max settings.
+    The exponential is taken in float64 and rounded once, because no two CPUs round a float32 one alike.
     """
     levels = 2**bits - 1
-    e = (scores - scores.amax(-1, keepdim=True)).exp_()
+    e = (scores - scores.amax(-1, keepdim=True)).double().exp_().to(scores.dtype)
     total = e.sum(-1, keepdim=True, dtype=torch.float64).to(e.dtype)
     probabilities = e / total
     if per_tensor:
@@ -395,7 +425,11 @@ def learned_softmax_codes(
     scores: Tensor, quantizer: LsqQuantizer, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the last dim whose result also comes as unsigned codes of a learned step: as `softmax_codes`."""
-    probabilities, quantized = quantizer.quantize(scores.softmax(-1), valid)
+    if torch.is_grad_enabled():
+        probabilities = SoftmaxCodes.apply(scores, 8, False, None)[0]
+    else:
+        probabilities = softmax_codes(scores, 8, False, None)[0]
+    probabilities, quantized = quantizer.quantize(probabilities, valid)
     return probabilities, quantized.codes, quantized.scale
 
 

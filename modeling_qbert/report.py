@@ -11,7 +11,7 @@ from .checkpoint import QUANTIZER_STATE, WEIGHTS_FILE, CheckpointError, PackedFi
 from .integration import MODEL_CLASSES, QbertConfig, check_file, expected_tensors, swap_to_packed
 
 
-_BITS = {"1bit": 1, "2bit": 2, "dense": 2, "int8": 8}  # as the papers count them
+_BITS = {"1bit": 1, "2bit": 2, "dense": 2, "3bit": 3, "4bit": 4, "int8": 8}  # as the papers count them
 
 
 def verify_checkpoint(folder: str | os.PathLike) -> None:

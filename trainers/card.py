@@ -177,6 +177,25 @@ def _recipe_text(results: Mapping[str, Any]) -> str:
     return _fenced(text, "yaml")
 
 
+def _latency(folder: Path) -> list[str]:
+    """Section of `latency.json` (`trainers.latency`), if the folder has one."""
+    path = folder / "latency.json"
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_bytes())
+        rows = [[str(row["tokens"]), f"{row['fp32_ms']:.1f}", f"{row['packed_ms']:.1f}"] for row in found["rows"]]
+        where = f"{found['cpu']}, {found['threads']} threads, batch {found['batch']}, torch {found['torch']}"
+        rounds = found["rounds"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected what `qbert latency` writes, found: {error!r}") from error
+    return [
+        "## Latency",
+        _table(["tokens of a sentence", "same network in fp32, ms", "packed, ms"], rows),
+        escape_markdown(f"{where}; medians of {rounds} interleaved passes."),
+    ]
+
+
 def _files_table(folder: Path) -> str:
     rows = []
     for path in sorted(folder.rglob("*")):
@@ -235,6 +254,7 @@ def _body(
         _scores(results),
         f"All three on the {split}. Largest difference between a logit of the packed model and of the fake-quant "
         f"student: {packed['max_logit_difference']:.3g}. MB is 10^6 bytes, MiB is 2^20.",
+        *_latency(folder),
         "## Quantization",
         _table(["field of config.json", "value"], quantization),
         "## Training data and recipe",

@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check every byte of a packed checkpoint")
     verify.add_argument("checkpoint")
 
+    latency = commands.add_parser("latency", help="time a packed checkpoint against fp32 on this CPU, for its card")
+    latency.add_argument("checkpoint")
+    latency.add_argument("--lengths", type=int, nargs="+", default=(32, 128), help="tokens of a sentence")
+    latency.add_argument("--batch", type=int, default=1)
+
     push = commands.add_parser(
         "push", help="publish a checkpoint folder on the Hub in one commit, code and card included"
     )
@@ -247,6 +252,15 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     verify_checkpoint(arguments.checkpoint)
     print(f"{arguments.checkpoint}: every tensor, digest and config field is as it was saved")
+
+
+def _latency(arguments: argparse.Namespace) -> None:
+    from .latency import write_latency
+
+    found = write_latency(arguments.checkpoint, lengths=arguments.lengths, batch=arguments.batch)
+    print(f"{found['cpu']}, {found['threads']} threads, batch {found['batch']}")
+    for row in found["rows"]:
+        print(f"{row['tokens']:>4} tokens: {row['packed_ms']:8.2f} ms packed, {row['fp32_ms']:8.2f} ms in fp32")
 
 
 def _push(arguments: argparse.Namespace) -> None:

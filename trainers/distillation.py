@@ -16,7 +16,8 @@ from .checkpointing import AtomicCheckpointMixin
 from .losses import attention_scores_loss, hidden_states_loss, logits_loss, span_logits_loss
 
 
-LEARNED_STATE = ("_quantizer.step", "_quantizer.clip")  # parameters of learned activation quantizers
+LEARNED_STATE = ("_quantizer.step", "_quantizer.shift", "_quantizer.clip")
+"""Ends of the names of what learned activation quantizers learn."""
 SCORES_ATTENTION = "qbert_scores"
 """Attention of `modeling_qbert` that returns pre-softmax scores, for its own models and for plain ones."""
 

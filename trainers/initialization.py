@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from modeling_qbert import get_model_class
@@ -87,10 +87,50 @@ def initial_student(
     model_class, config = student_config(recipe, stage, start, labels, head.name)
     if stage.init in ("teacher", "previous"):
         return model_class.from_pretrained(start, config=config, dtype=torch.float32)
+    if stage.init == "random_encoder":
+        model = model_class.from_pretrained(start, config=config, dtype=torch.float32)
+        randomize_parts(model, stage.random_parts or ("encoder",))
+        model.update_scales(None)
+        return model
     if stage.init == "split":
         return _split_student(model_class, config, start)
     source = head.auto_class.from_pretrained(start, dtype=torch.float32)
     return _pruned_student(model_class, config, stage, source, batches)
+
+
+@torch.no_grad()
+def randomize_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
+    """Give parts of a backbone new weights, as a new BERT has them: N(0, initializer_range), biases 0, LayerNorm 1, 0.
+
+    Args:
+        parts: "embeddings", "encoder", or of the encoder's layers: "lower", "upper" (half of them), "attention",
+            "feed_forward" (what lies behind an attention's own output).
+    """
+    layers, deviation = model.config.num_hidden_layers, model.config.initializer_range
+
+    def belongs(name: str, part: str) -> bool:
+        if part == "embeddings" or not name.startswith("encoder.layer."):
+            return part == "embeddings" and name.startswith("embeddings.")
+        index, attention = int(name.split(".")[2]), ".attention." in name
+        return {
+            "encoder": True,
+            "lower": 2 * index < layers,
+            "upper": 2 * index >= layers,
+            "attention": attention,
+            "feed_forward": not attention,
+        }[part]
+
+    for name, module in model.base_model.named_modules():
+        if not any(belongs(name, part) for part in parts):
+            continue
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.normal_(std=deviation)
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()
+            if getattr(module, "padding_idx", None) is not None:
+                module.weight[module.padding_idx].zero_()
 
 
 def _split_student(model_class: type, config: PreTrainedConfig, start: str) -> PreTrainedModel:

@@ -101,6 +101,7 @@ class QuantizationSpec:
     group_size: int = 64
     activation_quantizer: Literal["symmetric", "asymmetric", "pact", "lsq"] = "asymmetric"
     activation_granularity: Literal["per_token", "per_tensor"] = "per_token"
+    binary_quantizer: Literal["bwn", "centered"] = "bwn"
     planes: Literal[1, 2] = 1
     position_bits: Literal[32, 8] = 32
     hidden_act: str | None = None
@@ -136,7 +137,8 @@ class Stage:
 
     `init` is where its weights come from: the recipe's `teacher`; the `previous` stage; `pruned`, the previous stage's
     (or the teacher's) network whose heads and neurons are ranked and cut to `width`; `subnetwork`, its leading part of
-    that width as it is; `split`, the previous stage's ternary network split into two binary planes. `widths` trains
+    that width as it is; `split`, the previous stage's ternary network split into two binary planes; `random_encoder`,
+    the recipe's teacher with new random weights in its encoder, or in the `random_parts` instead. `widths` trains
     all these widths at once. `teacher` names an earlier stage to imitate instead of the recipe's teacher.
     `split_megabytes` makes a binary student ternary in the modules that the best (or, as controls, a random or the
     worst) choice of adaptive splitting would split within a file of that size; a later stage splits just these.
@@ -146,7 +148,8 @@ class Stage:
     """
 
     name: str = "distil"
-    init: Literal["teacher", "previous", "pruned", "subnetwork", "split"] = "teacher"
+    init: Literal["teacher", "previous", "pruned", "subnetwork", "split", "random_encoder"] = "teacher"
+    random_parts: tuple[Literal["embeddings", "encoder", "lower", "upper", "attention", "feed_forward"], ...] = ()
     width: float | None = None
     widths: tuple[float, ...] = ()
     teacher: str | None = None
@@ -170,6 +173,12 @@ class Stage:
             _require(self.width is not None, "width", f"a number for init {self.init!r}", self.width)
         else:
             _require(self.width is None, "width", "nothing, unless init is 'pruned' or 'subnetwork'", self.width)
+        _require(
+            not self.random_parts or self.init == "random_encoder",
+            "random_parts",
+            "nothing, unless init is 'random_encoder'",
+            self.random_parts,
+        )
         for key, widths in (("width", () if self.width is None else (self.width,)), ("widths", self.widths)):
             _require(all(0 < width <= 1 for width in widths), key, "shares in (0, 1]", widths)
         if self.split_megabytes is not None:
@@ -200,7 +209,8 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), "stages", "a different name for every stage", names)
         first = self.stages[0].init
-        _require(first in ("teacher", "pruned"), "stages.0.init", "'teacher' or 'pruned', no stage precedes it", first)
+        possible = ("teacher", "pruned", "random_encoder")
+        _require(first in possible, "stages.0.init", f"one of {possible}, no stage precedes it", first)
         for index, stage in enumerate(self.stages):
             known = [None, *names[:index]]
             _require(stage.teacher in known, f"stages.{index}.teacher", f"one of {known}", stage.teacher)
@@ -235,7 +245,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values of every field, in the order of the fields; `from_dict` gives an equal recipe back."""
         values = dataclasses.asdict(self)
-        values["stages"] = [{**stage, "widths": list(stage["widths"])} for stage in values["stages"]]
+        lists = ("widths", "random_parts")
+        values["stages"] = [{**stage, **{key: list(stage[key]) for key in lists}} for stage in values["stages"]]
         return values
 
     def to_yaml(self) -> str:

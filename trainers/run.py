@@ -36,7 +36,7 @@ from .tables import plot_training
 
 
 DONE = "DONE.json"  # written last into a finished teacher or stage folder
-GAIN_ROWS = 512  # training rows that measure the gains of adaptive splitting
+RANKING_ROWS = 512  # training rows that rank what is pruned and what is split
 
 
 class FineTuningTrainer(AtomicCheckpointMixin, Trainer):
@@ -195,7 +195,7 @@ class _Run:
     def _trainer(
         self, stage: Stage, folder: Path, previous: str, teacher: PreTrainedModel, identity: dict
     ) -> DistillationTrainer:
-        start = self.teacher_path if stage.init == "teacher" else previous
+        start = self.teacher_path if stage.init in ("teacher", "random_encoder") else previous
         training = self._arguments(folder, stage.training, self.recipe.seed)
         args = DistillationArguments(
             logits_weight=stage.targets.logits,
@@ -207,13 +207,11 @@ class _Run:
             **training,
         )
         args.learning_rate *= stage.learning_rate_ratio
-        # The evaluation split ranks heads and neurons, as in DynaBERT's code.
-        batches = labelled_batches(self.evaluations[self.split].inputs, self.tokenizer)
+        # Training rows rank heads, neurons and modules; in DynaBERT's code the rows that the score is measured on do.
+        rows = self.train.select(range(min(RANKING_ROWS, len(self.train))))
+        batches = labelled_batches(rows, self.tokenizer)
         student = initial_student(self.recipe, stage, start, self.labels, batches, self.head)
         if stage.split_megabytes is not None:
-            # Its gains are measured on training rows, not on those it is judged by.
-            rows = self.train.select(range(min(GAIN_ROWS, len(self.train))))
-            batches = labelled_batches(rows, self.tokenizer)
             modules = choose_ternary_modules(stage, student, teacher, batches, self.recipe.seed)
             fields = {**student.config.to_dict(), "ternary_modules": modules}
             mixed = type(student)(type(student.config).from_dict(fields))

@@ -13,16 +13,16 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import HERE, ROOT
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from stand_in import TOKEN, Fault, Hub
 from tiny import inputs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from zoo import build
+from zoo import HERE, ROOT, build
 
 from trainers import hub as hub_module
 from trainers.hub import HubError, push_to_hub
+from trainers.latency import write_latency
 
 
 REPO = "me/tiny-ternary"
@@ -94,6 +94,14 @@ def test_one_commit_holds_everything(hub, checkpoint):
     (entry,) = yaml.safe_load(files[".eval_results/sst2.yaml"])
     assert entry["dataset"] == {"id": "nyu-mll/glue", "task_id": "sst2"}
     assert entry["value"] == front["model-index"][0]["results"][0]["metrics"][0]["value"]
+
+
+def test_latency_goes_into_the_card(hub, checkpoint):
+    found = write_latency(checkpoint, lengths=(4, 9), rounds=3)
+    assert [row["tokens"] for row in found["rows"]] == [4, 9] and found["threads"] == 1
+    assert all(row[name] > 0 for row in found["rows"] for name in ("packed_ms", "fp32_ms"))
+    push_to_hub(checkpoint, REPO)
+    assert b"## Latency" in hub.files(REPO)["README.md"] and "latency.json" in hub.files(REPO)
 
 
 def test_pushing_again_changes_nothing(hub, checkpoint):

@@ -1,10 +1,14 @@
 """Small random models of every family, backbone, head and state."""
 
+from pathlib import Path
+
 from tiny import BACKBONE_SIZES, ODD, randomize
 
 import modeling_qbert
 
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 FAMILIES = modeling_qbert._FAMILIES
 BACKBONES = [(family, backbone) for family, backbones in FAMILIES.items() for backbone in backbones]
 EVERY_HEAD = [(family, backbone, head) for family, backbone in BACKBONES for head in FAMILIES[family][backbone]]

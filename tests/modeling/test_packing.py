@@ -3,15 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_qbert.packing import PACKINGS, find_invalid_code, pack_codes, packed_columns, unpack_codes
+from modeling_qbert.packing import find_invalid_code, pack_codes, packed_columns, unpack_codes
 
 
-DIGITS = {"1bit": 8, "2bit": 4, "dense": 5}
-EVERY_LAYOUT = (*PACKINGS, "int8", "1bit")
+DIGITS = {"1bit": 8, "2bit": 4, "dense": 5, "3bit": 2, "4bit": 2}
+EVERY_LAYOUT = (*DIGITS, "int8")
 
 
 def random_codes(rows, columns, packing, seed=0):
-    bound = 127 if packing == "int8" else 1
+    bound = {"int8": 127, "4bit": 7, "3bit": 3}.get(packing, 1)
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-bound, bound + 1, (rows, columns), generator=generator, dtype=torch.int8)
     return torch.where(codes >= 0, 1, -1).to(torch.int8) if packing == "1bit" else codes
@@ -38,6 +38,9 @@ def test_layouts_drawn_in_the_docstring():
     assert pack_codes(torch.tensor([[-127, -1, 0, 127]], dtype=torch.int8), "int8").tolist() == [[129, 255, 0, 127, 0]]
     binary = torch.tensor([[-1, 1, 1, -1, -1, -1, -1, 1, 1, -1]], dtype=torch.int8)
     assert pack_codes(binary, "1bit").tolist() == [[0b1000_0110, 0b0000_0001]]
+    small = torch.tensor([[-7, 0, 7]], dtype=torch.int8)
+    assert pack_codes(small, "4bit").tolist() == [[0x81, 0x0F]]
+    assert pack_codes(small.clamp(-3, 3), "3bit").tolist() == [[0x85, 0x0B]]
     assert [packed_columns(n, "1bit") for n in (1, 8, 9, 768)] == [1, 1, 2, 96]
     assert [packed_columns(n, "2bit") for n in (1, 4, 5, 768)] == [1, 1, 2, 192]
     assert [packed_columns(n, "dense") for n in (1, 5, 6, 768)] == [1, 1, 2, 154]
@@ -58,7 +61,8 @@ def test_every_byte_value(packing, columns):
     digits = DIGITS[packing]
     for byte in {0, clean.shape[1] - 1}:
         used = min(digits, columns - byte * digits)
-        alphabet = torch.tensor([-1, 1] if packing == "1bit" else [-1, 0, 1], dtype=torch.int8)
+        bound = {"3bit": 3, "4bit": 7}.get(packing, 1)
+        alphabet = torch.tensor([-1, 1] if packing == "1bit" else range(-bound, bound + 1), dtype=torch.int8)
         codes = torch.cartesian_prod(*[alphabet] * used).view(-1, used)
         legal = set(pack_codes(codes, packing).flatten().tolist())
         assert len(legal) == len(alphabet) ** used

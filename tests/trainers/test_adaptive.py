@@ -28,7 +28,7 @@ def binary(backbone="bert", **config):
 
 
 def batches(count=2):
-    return [collate(make_rows(6, seed=seed)) for seed in range(count)]
+    return [collate(make_rows(3, seed=seed)) for seed in range(count)]
 
 
 def every_unit(backbone):
@@ -37,12 +37,15 @@ def every_unit(backbone):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("settings", [{}, {"activation_quantizer": "lsq", "bits": "1-1-4", "hidden_act": "relu"}])
-def test_gains_are_those_of_models_built_with_ternary_modules(backbone, settings):
+@pytest.mark.parametrize(
+    "start, settings",
+    [("ternary", {}), ("binary", {}), ("ternary", {"bits": "1-1-4", "activation_quantizer": "lsq"})],
+)
+def test_gains_are_those_of_models_built_with_ternary_modules(backbone, start, settings):
     model, teacher, given = binary(backbone, **settings), make_teacher(backbone), batches()
     model.calibrate(input_ids=given[0]["input_ids"], attention_mask=given[0]["attention_mask"])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    gains = measure_gains(model.train(), teacher.train(), given)
+    gains = measure_gains(model.train(), teacher.train(), given, start)
     assert list(gains) == every_unit(backbone)
     assert model.training and teacher.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -58,13 +61,22 @@ def test_gains_are_those_of_models_built_with_ternary_modules(backbone, settings
             total += float(hidden_states_loss(found.hidden_states, wanted.hidden_states, inputs["attention_mask"]))
         return total / len(given)
 
-    reference = distance(model)
-    for unit, gain in gains.items():
-        config = type(model.config).from_dict(model.config.to_dict() | {"ternary_modules": unit.split("+")})
+    def distance_of(modules):
+        config = type(model.config).from_dict(model.config.to_dict() | {"ternary_modules": modules})
         mixed = type(model)(config)
         mixed.load_state_dict(model.state_dict())
-        assert gain == pytest.approx(reference - distance(mixed), abs=1e-4), unit
-    assert min(abs(gain) for gain in gains.values()) > 1e-3
+        return distance(mixed)
+
+    everything = [name for unit in gains for name in unit.split("+")]
+    reference = distance_of(everything if start == "ternary" else [])
+    for unit, gain in gains.items():
+        modules = unit.split("+")
+        if start == "ternary":
+            expected = distance_of([name for name in everything if name not in modules]) - reference
+        else:
+            expected = reference - distance_of(modules)
+        assert gain == pytest.approx(expected, abs=1e-4), unit
+    assert sum(abs(gain) > 1e-3 for gain in gains.values()) >= 9
 
 
 def test_a_unit_that_is_bad_in_binary_gains_most():
@@ -76,8 +88,9 @@ def test_a_unit_that_is_bad_in_binary_gains_most():
     model = get_model_class("binary", "bert", "sequence-classification")
     model = model(model.config_class(bits="1-1-8", **SHAPE))
     model.load_state_dict(teacher.state_dict())
-    gains = measure_gains(model, teacher, batches())
-    assert max(gains, key=gains.get) == planted
+    for start in ("ternary", "binary"):
+        gains = measure_gains(model, teacher, batches(), start)
+        assert max(gains, key=gains.get) == planted
 
 
 def test_gains_of_regression_and_of_an_unlabelled_batch():
@@ -100,6 +113,8 @@ def test_what_gains_refuse():
         measure_gains(binary(bits="2-2-8"), teacher, batches())
     with pytest.raises(ValueError, match="at least one batch"):
         measure_gains(binary(), teacher, [])
+    with pytest.raises(ValueError, match="start: expected 'ternary' or 'binary', found 'float'"):
+        measure_gains(binary(), teacher, batches(), "float")
     broken = make_teacher()
     broken.classifier.bias.data[0] = torch.inf
     model = binary()

@@ -250,3 +250,15 @@ def test_weights_and_results_must_be_there(folder, results):
     del results["packed"]["bytes"]
     with pytest.raises(ValueError, match="packed.bytes"):
         build_card(folder, results)
+
+
+def test_latency_is_shown_with_what_it_was_measured_on(folder, results):
+    assert "## Latency" not in str(build_card(folder, results))
+    found = {"cpu": "CPU | 1", "threads": 2, "batch": 1, "rounds": 30, "torch": "2.13.0"}
+    rows = [{"tokens": 128, "packed_ms": 22.24, "fp32_ms": 30.5}]
+    (folder / "latency.json").write_text(json.dumps(found | {"rows": rows}))
+    body = parts(str(build_card(folder, results)))[1]
+    assert cells(body, "128") == ["30.5", "22.2"] and "2 threads, batch 1, torch 2.13.0" in body
+    (folder / "latency.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="latency.json.*rows"):
+        build_card(folder, results)

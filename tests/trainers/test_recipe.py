@@ -122,7 +122,7 @@ def test_the_last_override_wins(tmp_path):
         ({"stages": []}, "stages: expected at least one stage"),
         ({"stages": {"name": "x"}}, "stages: expected a list"),
         ({"stages": [{}, {}]}, "stages: expected a different name for every stage"),
-        ({"stages": [{"init": "previous"}]}, "stages.0.init: expected 'teacher'"),
+        ({"stages": [{"init": "previous"}]}, "stages.0.init: expected one of .'teacher', 'pruned'"),
         ({"stages": [{"init": "random"}]}, "stages.0.init: expected one of 'teacher', 'previous', .*found 'random'"),
         ({"stages": [{"temperature": 0}]}, "stages.0.temperature: expected above 0, found 0.0"),
         ({"stages": [{"temperature": ".nan"}]}, "stages.0.temperature: expected a number, found str '.nan'"),

@@ -209,7 +209,7 @@ def test_adaptive_splitting_by_its_recipe(workplace, tmp_path):
     path = Path(__file__).parents[2] / "examples" / "recipes" / "binarybert-adaptive-w1a8.yaml"
     plain_size = 0
     for megabytes, selection in ((None, "gain"), (0.0465, "gain"), (0.0465, "smallest_gain"), (1, "gain")):
-        chosen = [f"stages.1.split_megabytes={json.dumps(megabytes)}", f"stages.1.split_selection={selection}"]
+        chosen = [f"stages.2.split_megabytes={json.dumps(megabytes)}", f"stages.2.split_selection={selection}"]
         if megabytes is None:
             chosen += ["stages.3.init=previous", "stages.3.quantization.planes=1"]
         output = tmp_path / f"{megabytes}-{selection}"

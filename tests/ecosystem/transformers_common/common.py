@@ -64,6 +64,14 @@ SKIPS = {
 }
 
 
+_NEW_HEAD = (
+    "the head has a packed dense layer: a new one cannot be made for a packed backbone, and the load is refused"
+)
+BACKBONE_SKIPS = {
+    ("roberta", "packed"): {"test_correct_missing_keys": _NEW_HEAD},
+    ("electra", "packed"): {"test_correct_missing_keys": _NEW_HEAD},
+}
+
 _names_of = test_modeling_common.get_values
 
 
@@ -133,7 +141,7 @@ def _test_class(family: str, backbone: str, state: str) -> type:
     if state == "packed":
         classes = tuple(packed_class(kind) for kind in classes)
     body = {"family": family, "backbone": backbone, "state": state, "all_model_classes": classes}
-    for name, reason in SKIPS[state].items():
+    for name, reason in (SKIPS[state] | BACKBONE_SKIPS.get((backbone, state), {})).items():
         body[name] = unittest.skip(reason)(getattr(LowBitModelTest, name))
     return type(
         f"{family}_{backbone}_{state}".title().replace("_", "") + "Test", (LowBitModelTest, unittest.TestCase), body

@@ -1,0 +1,289 @@
+"""The fused forward: one call of the native engine instead of a backbone's embeddings and encoder layers.
+
+It answers in eval mode without gradients, on a packed model of float32 on the CPU, when nobody asks for hidden states,
+attentions or scores and no hook looks inside. Everything else, and every input that the engine does not take, goes the
+usual way through the layers, which gives the same answers.
+
+Tokens that the mask hides are not computed: their rows of the last hidden state are 0.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertModel, ElectraModel, RobertaModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
+from transformers.utils import logging
+
+from .layers import FixedGELU, FixedLayerNorm, PackedEmbedding, PackedLinear
+from .ops import WHY_NOT_NATIVE, EmbeddingTables, LayerWeights, NativeEncoder, NativeWeight, place_of, supports_groups
+from .quantizers import ActivationQuantizer, LsqQuantizer
+
+
+logger = logging.get_logger(__name__)
+
+_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "modeling_lowbit")  # they act on what is asked for only
+
+
+class _NotFusedError(Exception):
+    """Why the engine cannot run a model."""
+
+
+class _Engine:
+    """The native encoder of one backbone and the tensors it was made of."""
+
+    def __init__(self, model: nn.Module):
+        self.guards, self.hooks = [], []
+        for module in model.modules():
+            if module is not model:
+                self.hooks.append((module._forward_hooks, module._forward_pre_hooks))
+            for store in (module._parameters, module._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None and tensor.dtype != torch.int64:
+                        self.guards.append((store, name, tensor, _version(tensor)))
+        try:
+            self.encoder, self.why = _native_encoder(model), ""
+        except _NotFusedError as error:
+            self.encoder, self.why = None, str(error)
+
+    def __reduce__(self):
+        return _nothing, ()
+
+    def is_stale(self) -> bool:
+        """Whether a tensor was replaced or written to since."""
+        return any(
+            store.get(name) is not tensor or _version(tensor) != version
+            for store, name, tensor, version in self.guards
+        )
+
+    def is_watched(self) -> bool:
+        """Whether a hook inside expects to be called."""
+        for forward_hooks, pre_hooks in self.hooks:
+            for hooks in (forward_hooks, pre_hooks):
+                if hooks and not all(hook.__module__.endswith(_HARMLESS_HOOKS) for hook in hooks.values()):
+                    return True
+        return False
+
+
+def _nothing() -> None:
+    return None
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def fused(forward: Callable) -> Callable:
+    """The forward of a backbone that asks the engine first."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        answer = None if torch.compiler.is_compiling() or torch.jit.is_tracing() else _answer(self, args, kwargs)
+        return forward(self, *args, **kwargs) if answer is None else answer
+
+    return wrapper
+
+
+class FusedBertModel(BertModel):
+    forward = fused(BertModel.forward)
+
+
+class FusedRobertaModel(RobertaModel):
+    forward = fused(RobertaModel.forward)
+
+
+class FusedElectraModel(ElectraModel):
+    forward = fused(ElectraModel.forward)
+
+
+_FUSED = {BertModel: FusedBertModel, RobertaModel: FusedRobertaModel, ElectraModel: FusedElectraModel}
+_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+
+
+def fuse_backbone(model: nn.Module) -> None:
+    """Let the backbone inside a model with a head ask the engine first."""
+    model.__class__ = _FUSED.get(type(model), type(model))
+
+
+def fused_forward_of(model_class: type) -> Callable | None:
+    """The fused forward for a class that is itself a backbone, None for one with a head."""
+    return next((fused(base.forward) for base in _FUSED if issubclass(model_class, base)), None)
+
+
+def _answer(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The backbone's output, or None where the engine does not run."""
+    if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled("cpu"):
+        return None
+    given = dict(zip(_ARGUMENTS, args)) | kwargs
+    ids, embedded, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
+    config = model.config
+    asked = any(given.get(f"output_{name}", getattr(config, f"output_{name}", False)) for name in _RECORDED)
+    plain = (
+        given.keys() <= _TAKEN and all(given.get(name) is None for name in _UNUSED) and len(args) <= len(_ARGUMENTS)
+    )
+    if asked or not plain or (ids is None) == (embedded is None) or config._attn_implementation != "qbert":
+        return None
+    tensor = ids if embedded is None else embedded
+    if tensor.device.type != "cpu" or (mask is not None and (mask.dim() != 2 or mask.shape != tensor.shape[:2])):
+        return None
+    engine = _engine(model)
+    if engine is None:
+        return None
+    last = _last_hidden_state(model, engine, ids, embedded, mask, given)
+    if last is None:
+        return None
+    if isinstance(model, ElectraModel):
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
+    else:
+        pooled = None if model.pooler is None else model.pooler(last)
+        output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=last, pooler_output=pooled)
+    as_dict = given.get("return_dict", getattr(config, "return_dict", True))
+    return output.to_tuple() if as_dict is False else output
+
+
+_RECORDED = ("hidden_states", "attentions", "cross_attentions")
+_UNUSED = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values")
+_TAKEN = {*_ARGUMENTS, *_UNUSED, "return_dict", "use_cache", *(f"output_{name}" for name in _RECORDED)}
+
+
+def _last_hidden_state(
+    model: nn.Module, engine: _Engine, ids: Tensor | None, embedded: Tensor | None, mask: Tensor | None, given: dict
+) -> Tensor | None:
+    mask = None if mask is None else mask.bool().contiguous()
+    types, positions = given.get("token_type_ids"), given.get("position_ids")
+    if engine.encoder.tables is not None and ids is not None and ids.dtype in (torch.int64, torch.int32):
+        tables = [
+            None if part is None else part.expand_as(ids).long().contiguous() for part in (ids, types, positions)
+        ]
+        return engine.encoder(mask, None, *tables)
+    embedded = model.embeddings(input_ids=ids, token_type_ids=types, position_ids=positions, inputs_embeds=embedded)
+    if hasattr(model, "embeddings_project"):
+        embedded = model.embeddings_project(embedded)
+    return engine.encoder(mask, embedded.contiguous()) if embedded.dtype == torch.float32 else None
+
+
+def _engine(model: nn.Module) -> _Engine | None:
+    """The engine of a backbone, made at its first use and again when the model has changed."""
+    engine = model.__dict__.get("_fused_engine")
+    if engine is None or engine.is_stale():
+        engine = model.__dict__["_fused_engine"] = _Engine(model)
+        if engine.why:
+            logger.warning_once(f"low-bit models run in plain torch: {engine.why}")
+        else:
+            logger.info("low-bit models run in the native engine")
+    return None if engine.encoder is None or engine.is_watched() else engine
+
+
+def _native_encoder(model: nn.Module) -> "NativeEncoder":
+    if NativeEncoder is None:
+        raise _NotFusedError(f"native engine {WHY_NOT_NATIVE}")
+    config = model.config
+    if config.is_decoder or config.hidden_act not in ("gelu", "relu") or not len(model.encoder.layer):
+        raise _NotFusedError(f"the engine has no decoder and no {config.hidden_act!r}")
+    layers = [_layer_weights(layer) for layer in model.encoder.layer]
+    attention = model.encoder.layer[0].attention.self
+    heads, head_size = attention.num_attention_heads, attention.attention_head_size
+    return NativeEncoder(
+        layers,
+        config.hidden_size,
+        heads,
+        head_size,
+        model.encoder.layer[0].intermediate.dense.out_features,
+        config.hidden_act,
+        config.layer_norm_eps,
+        _embedding_tables(model),
+    )
+
+
+def _expect(module: nn.Module, kind: type) -> Any:
+    if type(module) is not kind:
+        raise _NotFusedError(f"it needs {kind.__name__}, found {type(module).__name__}")
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.uint8):
+            raise _NotFusedError(f"it needs float32 on the CPU, found {tensor.dtype} on {tensor.device}")
+    return module
+
+
+def _norm(module: nn.Module) -> tuple[Tensor, Tensor]:
+    module = _expect(module, FixedLayerNorm)
+    return module.weight.detach(), module.bias.detach()
+
+
+def _layer_weights(layer: nn.Module) -> "LayerWeights":
+    attention = layer.attention.self
+    if layer.is_decoder or layer.chunk_size_feed_forward:
+        raise _NotFusedError("the engine has no decoder and no chunks")
+    act = layer.intermediate.intermediate_act_fn
+    if type(act) not in (FixedGELU, nn.ReLU):
+        raise _NotFusedError(f"the engine has no {type(act).__name__}")
+    linears = [layer.attention.output.dense, layer.intermediate.dense, layer.output.dense]
+    return LayerWeights(
+        [_place(quantizer) for quantizer in _quantizers(attention, linears)],
+        _weight([attention.query, attention.key, attention.value]),
+        *[_weight([linear]) for linear in linears],
+        _norm(layer.attention.output.LayerNorm),
+        _norm(layer.output.LayerNorm),
+    )
+
+
+def _quantizers(attention: nn.Module, linears: list[nn.Module]) -> Iterator[Any]:
+    """Of input, query, key, value, probabilities, context, hidden state and feed-forward."""
+    yield attention.query.activation
+    dynamic = getattr(attention.config, "activation_quantizer_spec", None)
+    for part in ("query", "key", "value", "probability"):
+        yield getattr(attention, f"{part}_quantizer", dynamic)
+    yield from (linear.activation for linear in linears)
+
+
+def _place(quantizer: Any) -> Any:
+    inner = getattr(quantizer, "dynamic", quantizer)
+    if not isinstance(inner, ActivationQuantizer | LsqQuantizer) or getattr(inner, "per_tensor", False):
+        raise _NotFusedError("it needs quantized activations, with ranges per token or learned steps")
+    return place_of(quantizer)
+
+
+def _weight(layers: list[nn.Module]) -> "NativeWeight":
+    """The rows of layers that read one input, as one weight."""
+    layers = [_expect(layer, PackedLinear) for layer in layers]
+    spec, packing, columns = layers[0].spec, layers[0].packing, layers[0].columns
+    if any(layer.spec != spec or layer.packing != packing for layer in layers):
+        raise _NotFusedError("query, key and value must be quantized alike")
+    groups = layers[0].weight_scale.shape[-1]
+    if groups > 1 and not supports_groups(packing, spec.group_size):
+        raise _NotFusedError(f"it takes no groups of {spec.group_size} columns")
+    scales = [layer.weight_scale.view(spec.planes, -1, groups) for layer in layers]
+    scales = [scale.expand(-1, layer.out_features, -1) for scale, layer in zip(scales, layers)]
+    biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+    return NativeWeight(
+        torch.cat([layer.weight.view(spec.planes, layer.out_features, -1) for layer in layers], 1).contiguous(),
+        columns,
+        packing,
+        torch.cat(scales, 1).contiguous(),
+        spec.group_size,
+        torch.cat(biases),
+    )
+
+
+def _embedding_tables(model: nn.Module) -> "EmbeddingTables | None":
+    """What the engine looks tokens up in; None where the torch modules do it."""
+    embeddings = model.embeddings
+    words, tables = embeddings.word_embeddings, (embeddings.token_type_embeddings, embeddings.position_embeddings)
+    if type(words) is not PackedEmbedding or words.spec.planes > 1 or hasattr(model, "embeddings_project"):
+        return None
+    if any(type(table) is not nn.Embedding or table.weight.dtype != torch.float32 for table in tables):
+        return None
+    _expect(words, PackedEmbedding)
+    return EmbeddingTables(
+        words.weight,
+        words.packing,
+        words.weight_scale,
+        words.spec.group_size,
+        *[table.weight.detach() for table in tables],
+        _norm(embeddings.LayerNorm),
+        embeddings.padding_idx if isinstance(model, RobertaModel) else -1,
+    )

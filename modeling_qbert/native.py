@@ -1,0 +1,365 @@
+"""The native CPU engine (`native/` of the repository) through ctypes; the only Python that knows its C interface.
+
+Importing this module raises `ImportError` where the engine was not built or does not fit; `ops.py` then stays in
+torch. `QBERT_CPU` (`scalar`, `avx2`, `avx512`) caps the instructions used, `off` does without the engine; every path
+gives the same bits.
+
+Shapes: N rows, O out rows, I in columns, P planes, G groups, B batch, T tokens, C hidden, D head dim.
+"""
+
+import ctypes
+import importlib.util
+import math
+import os
+import weakref
+from collections.abc import Sequence
+from ctypes import c_double, c_float, c_int, c_int64, c_void_p
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .packing import packed_columns as row_bytes
+from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
+
+
+VERSION = 1  # of the C interface
+LEVELS = ("scalar", "avx2", "avx512")
+LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
+FUNCTIONS = {"gelu": 0, "relu": 1}
+OUT_OF_TABLE, HIDDEN_START = -2, -3  # answers of `qb_encoder_forward` that torch can explain better
+
+_SIGNATURES = {
+    "qb_version": (c_int, []),
+    "qb_best_level": (c_int, []),
+    "qb_level": (c_int, []),
+    "qb_set_level": (None, [c_int]),
+    "qb_weight_new": (c_void_p, [c_int, c_void_p, *[c_int64] * 5, c_void_p, c_void_p]),
+    "qb_weight_free": (None, [c_void_p]),
+    "qb_sums": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p]),
+    "qb_linear": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int]),
+    "qb_quantize": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 4]),
+    "qb_gelu": (None, [c_void_p, c_int64, c_int64]),
+    "qb_layer_norm": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float]),
+    "qb_attention": (c_int, [*[c_void_p] * 3, c_int64, c_int64, c_float, c_void_p, c_void_p]),
+    "qb_encoder_new": (c_void_p, [*[c_int64] * 5, c_int, c_float]),
+    "qb_encoder_free": (None, [c_void_p]),
+    "qb_encoder_layer": (c_int, [c_void_p, c_int64, *[c_void_p] * 9, c_float]),
+    "qb_encoder_embedding": (c_int, [c_void_p, c_int, *[c_void_p] * 7, c_float]),
+    "qb_encoder_forward": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 5, c_int64, c_void_p, c_int]),
+}
+
+
+def _load() -> ctypes.CDLL:
+    if os.environ.get("QBERT_CPU", "avx512") not in (*LEVELS, "off"):
+        raise ValueError(f"environment variable QBERT_CPU must be one of {(*LEVELS, 'off')}")
+    if os.environ.get("QBERT_CPU") == "off":
+        raise ImportError("switched off by QBERT_CPU=off")
+    spec = importlib.util.find_spec(f"{__package__}._engine")
+    if spec is None or spec.origin is None:
+        raise ImportError("not built: no C++ compiler was found when the package was installed")
+    try:
+        library = ctypes.CDLL(spec.origin)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise ImportError(f"{spec.origin} cannot be used: {error}") from error
+    if library.qb_version() != VERSION:
+        raise ImportError(f"{spec.origin} has interface version {library.qb_version()}, expected {VERSION}")
+    return library
+
+
+_library = _load()
+
+
+def _after_fork() -> None:
+    """The engine starts threads of its own in a forked child, but torch's OpenMP threads are gone for good: with more
+    than one of them the next large or transcendental operator of torch would wait for ever."""
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def level() -> str:
+    """The instructions in use, one of `LEVELS`."""
+    return LEVELS[_library.qb_level()]
+
+
+def set_level(name: str) -> str:
+    """Use instructions up to `name`, within this CPU's and `QBERT_CPU`'s; returns the level in use."""
+    _library.qb_set_level(LEVELS.index(name))
+    return level()
+
+
+def _address(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> int | None:
+    """Address of a contiguous CPU tensor of this type and shape; anything else must never reach native code."""
+    if tensor is None:
+        return None
+    if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(f"expected a contiguous CPU tensor of {dtype}, found {tensor.dtype} on {tensor.device}")
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"expected a tensor of shape {list(shape)}, found {list(tensor.shape)}")
+    return tensor.data_ptr()
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("the native engine ran out of memory")
+
+
+class Place(NamedTuple):
+    """How the numbers of one place become codes: a min-max range within clips, or a fixed step above a floor."""
+
+    bits: int
+    kind: int  # 0 asymmetric range, 1 symmetric range, 2 fixed step
+    clip_low: float = -math.inf
+    clip_high: float = math.inf
+    step: float = 1.0
+    floor: float = 0.0
+    least: int = 0
+    most: int = 0
+    less: int = 0  # taken off a code so that it fits int8
+
+
+def place_of(quantizer: ActivationQuantizer | LsqQuantizer | PactQuantizer, signed: bool = True) -> Place:
+    """The engine's form of a quantizer; codes of probabilities stay unsigned (`signed` False)."""
+    if isinstance(quantizer, LsqQuantizer):
+        step = float(quantizer.step.detach().clamp_min(MIN_STEP))
+        less = 128 if signed and quantizer.most > 127 else 0
+        bits = (quantizer.most - quantizer.least).bit_length()
+        return Place(bits, 2, -math.inf, math.inf, step, quantizer.low or 0.0, quantizer.least, quantizer.most, less)
+    if isinstance(quantizer, PactQuantizer):
+        return place_of(quantizer.dynamic)._replace(
+            **dict(zip(("clip_low", "clip_high"), quantizer.clip.detach().tolist()))
+        )
+    return Place(quantizer.bits, int(quantizer.symmetric))
+
+
+def _places(places: Sequence[Place]) -> ctypes.Array:
+    return (c_double * (len(Place._fields) * len(places)))(*[number for place in places for number in place])
+
+
+class NativeWeight:
+    """One packed weight in the engine's layout, still packed.
+
+    Args:
+        packed: uint8 (P, O, bytes) in one of `LAYOUTS`.
+        columns: I.
+        scale: float32 (P, O, G); group_size columns share one if G > 1, then a multiple of 16 (of 32 for 1 bit).
+        bias: float32 (O) or None.
+    """
+
+    def __init__(self, packed: Tensor, columns: int, layout: str, scale: Tensor, group_size: int, bias: Tensor | None):
+        planes, rows, width = packed.shape
+        groups = scale.shape[2]
+        if width != row_bytes(columns, layout) or 0 in (planes, rows, columns):
+            expected = row_bytes(columns, layout)
+            raise ValueError(f"a {layout} row of {columns} codes has {expected} bytes, found {list(packed.shape)}")
+        if groups > 1 and (not supports_groups(layout, group_size) or -(-columns // group_size) != groups):
+            raise ValueError(f"{groups} groups of {group_size} columns do not fit {columns} columns of {layout}")
+        self.planes, self.rows, self.columns, self.groups, self.layout = planes, rows, columns, groups, layout
+        self.handle = _library.qb_weight_new(
+            LAYOUTS[layout],
+            _address(packed, torch.uint8),
+            rows,
+            columns,
+            planes,
+            groups,
+            group_size if groups > 1 else columns,
+            _address(scale, torch.float32, (planes, rows, groups)),
+            _address(bias, torch.float32, (rows,)),
+        )
+        if not self.handle:
+            raise MemoryError("the native engine ran out of memory")
+        self._free = weakref.finalize(self, _library.qb_weight_free, self.handle)
+
+    def __reduce__(self):
+        return _nothing, ()
+
+    def release(self) -> int:
+        """The handle, for an owner that frees it."""
+        self._free.detach()
+        return self.handle
+
+    def sums(self, x: Tensor, plane: int = 0, group: int = 0) -> Tensor:
+        """Exact products of int8 codes (N, I) with the codes of one plane and group: int32 (N, O)."""
+        out = torch.empty(x.shape[0], self.rows, dtype=torch.int32)
+        address = _address(x, torch.int8, (x.shape[0], self.columns))
+        _check(_library.qb_sums(self.handle, plane, group, address, x.shape[0], out.data_ptr()))
+        return out
+
+    def linear(self, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """`ops.linear_codes` of int8 codes (N, I) with scale and offset (N, 1): float32 (N, O)."""
+        rows = x.shape[0]
+        y = torch.empty(rows, self.rows)
+        inputs = _address(x, torch.int8, (rows, self.columns))
+        scales = [_address(part, torch.float32, (rows, 1)) for part in (scale, offset)]
+        _check(_library.qb_linear(self.handle, inputs, *scales, rows, y.data_ptr(), torch.get_num_threads()))
+        return y
+
+
+def supports_groups(layout: str, group_size: int) -> bool:
+    """Whether columns can share scales in groups of this size."""
+    return group_size % (32 if layout == "1bit" else 16) == 0
+
+
+def quantize(x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row of float32 (N, I): int8 codes, scale and offset (N, 1)."""
+    codes = torch.empty(x.shape, dtype=torch.int8)
+    scale, offset = torch.empty(x.shape[0], 1), torch.empty(x.shape[0], 1)
+    outputs = (codes.data_ptr(), scale.data_ptr(), offset.data_ptr())
+    _check(_library.qb_quantize(_address(x, torch.float32), *x.shape, _places([place]), *outputs))
+    return codes, scale, offset
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`ops.gelu` of float32 (N, I)."""
+    y = x.clone()
+    _library.qb_gelu(_address(y, torch.float32), *y.shape)
+    return y
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """`ops.layer_norm` of float32 (N, C)."""
+    y = x.clone()
+    parts = [_address(part, torch.float32, x.shape[1:]) for part in (weight, bias)]
+    _check(_library.qb_layer_norm(_address(y, torch.float32), *y.shape, *parts, epsilon))
+    return y
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, places: Sequence[Place]) -> Tensor:
+    """Quantized attention of one head of one sentence, float32 (T, D) each; places of the three and probabilities."""
+    context = torch.empty_like(query)
+    inputs = [_address(part, torch.float32, query.shape) for part in (query, key, value)]
+    _check(_library.qb_attention(*inputs, *query.shape, scaling, _places(places), context.data_ptr()))
+    return context
+
+
+class LayerWeights(NamedTuple):
+    """One encoder layer: places where numbers become codes (input, query, key, value, probabilities, context, hidden,
+    feed-forward), weights of query over key over value, attention output, up and down, and two LayerNorms."""
+
+    places: Sequence[Place]
+    query_key_value: NativeWeight
+    output: NativeWeight
+    up: NativeWeight
+    down: NativeWeight
+    attention_norm: tuple[Tensor, Tensor]
+    output_norm: tuple[Tensor, Tensor]
+
+
+class EmbeddingTables(NamedTuple):
+    """Packed word embedding uint8 (V, bytes), scale (1 or V, G), float types and positions, LayerNorm.
+
+    `padding` is the id that positions do not count, -1 if they count every token from 0.
+    """
+
+    words: Tensor
+    layout: str
+    scale: Tensor
+    group_size: int
+    types: Tensor
+    positions: Tensor
+    norm: tuple[Tensor, Tensor]
+    padding: int
+
+
+class NativeEncoder:
+    """Encoder layers, and the embedding before them if given, as one call."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        hidden: int,
+        heads: int,
+        head_size: int,
+        intermediate: int,
+        function: str,
+        epsilon: float,
+        embedding: EmbeddingTables | None = None,
+    ):
+        self.hidden = hidden
+        self.handle = _library.qb_encoder_new(
+            len(layers), hidden, heads, head_size, intermediate, FUNCTIONS[function], head_size**-0.5
+        )
+        if not self.handle:
+            raise MemoryError("the native engine ran out of memory")
+        weakref.finalize(self, _library.qb_encoder_free, self.handle)
+        shapes = {
+            "query_key_value": (3 * heads * head_size, hidden),
+            "output": (hidden, heads * head_size),
+            "up": (intermediate, hidden),
+            "down": (hidden, intermediate),
+        }
+        for index, layer in enumerate(layers):
+            weights = [getattr(layer, name) for name in shapes]
+            for weight, (name, shape) in zip(weights, shapes.items()):
+                if (weight.rows, weight.columns) != shape:
+                    found = [weight.rows, weight.columns]
+                    raise ValueError(f"layer {index}: {name} must be {list(shape)}, found {found}")
+            norms = [_address(part, torch.float32, (hidden,)) for part in (*layer.attention_norm, *layer.output_norm)]
+            handles = [weight.release() for weight in weights]
+            places = _places(layer.places)
+            _check(_library.qb_encoder_layer(self.handle, index, places, *handles, *norms, epsilon))
+        self.tables = embedding  # the engine reads their memory
+        if embedding is not None:
+            tables = (embedding.types, embedding.positions)
+            rows, groups = embedding.words.shape[0], embedding.scale.shape[1]
+            group_size = embedding.group_size if groups > 1 else hidden
+            sizes = (rows, embedding.scale.shape[0], groups, group_size, *(table.shape[0] for table in tables))
+            _check(
+                _library.qb_encoder_embedding(
+                    self.handle,
+                    LAYOUTS[embedding.layout],
+                    _address(embedding.words, torch.uint8, (rows, row_bytes(hidden, embedding.layout))),
+                    _address(embedding.scale, torch.float32),
+                    (c_int64 * len(sizes))(*sizes),
+                    *[_address(table, torch.float32, (table.shape[0], hidden)) for table in tables],
+                    *[_address(part, torch.float32, (hidden,)) for part in embedding.norm],
+                    epsilon,
+                )
+            )
+
+    def __reduce__(self):
+        return _nothing, ()  # a copy of a model makes an engine of its own
+
+    def __call__(
+        self,
+        mask: Tensor | None,
+        embedded: Tensor | None = None,
+        words: Tensor | None = None,
+        types: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor | None:
+        """Last hidden state (B, T, C), 0 where the bool `mask` (B, T) is False; None where torch has to answer or to
+        complain: an id without a row in its table, or a sentence whose first token is masked.
+
+        Args:
+            embedded: float32 (B, T, C), or None and the tokens themselves:
+            words, types, positions: int64 (B, T); types None are 0, positions None are counted.
+        """
+        shape = (words if embedded is None else embedded).shape[:2]
+        output = torch.empty(*shape, self.hidden)
+        status = _library.qb_encoder_forward(
+            self.handle,
+            *shape,
+            _address(mask, torch.bool, shape),
+            _address(embedded, torch.float32, (*shape, self.hidden)),
+            _address(words, torch.int64, shape),
+            _address(types, torch.int64, shape),
+            _address(positions, torch.int64, shape),
+            -1 if self.tables is None else self.tables.padding,
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if status in (OUT_OF_TABLE, HIDDEN_START):
+            return None
+        _check(status)
+        return output
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,273 @@
+// The C interface. Pointers and sizes come from modeling_qbert/native.py, which has checked them; memory that runs out
+// is a null pointer or kNoMemory.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "encoder.h"
+
+namespace qbert {
+namespace {
+
+std::atomic<int> level_in_use{-1};
+
+Level supported() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vpopcntdq"))
+        return kAvx512;
+    if (__builtin_cpu_supports("avx2")) return kAvx2;
+#endif
+    return kScalar;
+}
+
+}  // namespace
+
+Level best_level() {
+    static const Level best = [] {
+        const char* cap = std::getenv("QBERT_CPU");
+        const int most = !cap ? kAvx512 : !std::strcmp(cap, "scalar") ? kScalar : !std::strcmp(cap, "avx2") ? kAvx2 : kAvx512;
+        return static_cast<Level>(std::min<int>(most, supported()));
+    }();
+    return best;
+}
+
+Level level() {
+    const int current = level_in_use.load(std::memory_order_relaxed);
+    return current < 0 ? best_level() : static_cast<Level>(current);
+}
+
+void set_level(Level wanted) { level_in_use.store(std::min(wanted, best_level())); }
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+    if (level() == kAvx512) return kAvx512Kernels;
+    if (level() == kAvx2) return kAvx2Kernels;
+#endif
+    return kScalarKernels;
+}
+
+}  // namespace qbert
+
+using namespace qbert;
+
+namespace {
+
+// Codes of activations as a product takes them.
+class Rows {
+ public:
+    // Copies codes (N, I) to rows of the weight's depth, sums them per group and finds their bounds.
+    Rows(const Weight& w, const int8_t* x, long rows) : codes_(rows * w.depth), sums_(rows * w.groups) {
+        for (long row = 0; row < rows; ++row) {
+            std::memcpy(codes_.get() + row * w.depth, x + row * w.columns, w.columns);
+            for (long c = 0; c < w.columns; ++c) {
+                const int code = x[row * w.columns + c];
+                sums_[row * w.groups + (w.groups == 1 ? 0 : c / w.group_columns)] += code;
+                least_ = std::min(least_, code), most_ = std::max(most_, code);
+            }
+        }
+    }
+
+    // With room of its own for the operand.
+    Codes codes(const Weight& w, float* scale, float* offset, Buffer<uint8_t>& operand) const {
+        operand.reset(kernels().operand(w, least_, most_));
+        return {codes_.get(), scale, offset, sums_.get(), w.depth, w.groups, least_, most_, operand.get()};
+    }
+
+ private:
+    Buffer<int8_t> codes_;
+    Buffer<int32_t> sums_;
+    int least_ = 0, most_ = 0;
+};
+
+void set_norm(LayerNorm& norm, const float* weight, const float* bias, float epsilon, long columns) {
+    norm.weight.reset(columns), norm.bias.reset(columns);
+    std::memcpy(norm.weight.get(), weight, columns * 4);
+    std::memcpy(norm.bias.get(), bias, columns * 4);
+    norm.epsilon = epsilon;
+}
+
+// bits, kind, clips, step, floor, least, most, less: native.py writes a place as these numbers.
+constexpr int kNumbersOfPlace = 9;
+
+Activation activation_of(const double* numbers) {
+    Activation a;
+    a.bits = static_cast<int>(numbers[0]), a.kind = static_cast<int>(numbers[1]);
+    a.clip_low = static_cast<float>(numbers[2]), a.clip_high = static_cast<float>(numbers[3]);
+    a.step = static_cast<float>(numbers[4]), a.floor = static_cast<float>(numbers[5]);
+    a.least = static_cast<int>(numbers[6]), a.most = static_cast<int>(numbers[7]), a.less = static_cast<int>(numbers[8]);
+    return a;
+}
+
+struct Job {
+    const Weight* weight;
+    const Codes* codes;  // one per thread
+    float* y;
+    long rows;
+};
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int qb_version() { return 1; }
+
+int qb_best_level() { return best_level(); }
+
+int qb_level() { return level(); }
+
+void qb_set_level(int wanted) { set_level(static_cast<Level>(wanted)); }
+
+void* qb_weight_new(int layout, const uint8_t* packed, int64_t rows, int64_t columns, int64_t planes, int64_t groups,
+                    int64_t group_columns, const float* scale, const float* bias) try {
+    return make_weight(static_cast<Layout>(layout), packed, rows, columns, planes, groups, group_columns, scale, bias)
+            .release();
+} catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
+void qb_weight_free(void* weight) { delete static_cast<Weight*>(weight); }
+
+// out (N, O) int32: sums of the codes x (N, I) of one plane and group.
+int qb_sums(const void* weight, int64_t plane, int64_t group, const int8_t* x, int64_t rows, int32_t* out) try {
+    const Weight& w = *static_cast<const Weight*>(weight);
+    const Rows laid(w, x, rows);
+    Buffer<uint8_t> operand;
+    Buffer<int32_t> sums(rows * w.padded_rows());
+    kernels().sums(w, plane, group, laid.codes(w, nullptr, nullptr, operand), rows, sums.get());
+    for (long row = 0; row < rows; ++row)
+        std::memcpy(out + row * w.rows, sums.get() + row * w.padded_rows(), w.rows * 4);
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+// y (N, O) = linear_codes of codes x (N, I) with scale and offset (N).
+int qb_linear(const void* weight, const int8_t* x, float* scale, float* offset, int64_t rows, float* y,
+              int threads) try {
+    const Weight& w = *static_cast<const Weight*>(weight);
+    const Rows laid(w, x, rows);
+    Buffer<float> wide(rows * w.padded_rows());
+    threads = std::max(threads, 1);
+    std::vector<Buffer<uint8_t>> operands(threads);
+    std::vector<Codes> codes;
+    for (auto& operand : operands) codes.push_back(laid.codes(w, scale, offset, operand));
+    Job job{&w, codes.data(), wide.get(), rows};
+    run_team(threads, [](void* context, int thread, Team& team) {
+        const Job& j = *static_cast<Job*>(context);
+        const long vectors = j.weight->vectors;
+        kernels().linear(*j.weight, j.codes[thread], j.rows, vectors * thread / team.size(),
+                         vectors * (thread + 1) / team.size(), j.y, j.weight->padded_rows());
+    }, &job);
+    for (long row = 0; row < rows; ++row) std::memcpy(y + row * w.rows, wide.get() + row * w.padded_rows(), w.rows * 4);
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+// codes (N, I) int8, scale and offset (N) of x (N, I).
+int qb_quantize(const float* x, int64_t rows, int64_t columns, const double* place, int8_t* codes, float* scale,
+                float* offset) try {
+    Buffer<int32_t> sums(rows);
+    const Codes out{codes, scale, offset, sums.get(), columns, 1, 0, 0, nullptr};
+    const Activation activation = activation_of(place);
+    for (long row = 0; row < rows; ++row)
+        kernels().quantize(x + row * columns, columns, kernels().range(x + row * columns, columns), activation, columns,
+                           out, row);
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+void qb_gelu(float* x, int64_t rows, int64_t columns) {
+    for (long row = 0; row < rows; ++row) kernels().gelu(x + row * columns, columns);
+}
+
+int qb_layer_norm(float* x, int64_t rows, int64_t columns, const float* weight, const float* bias, float epsilon) try {
+    LayerNorm norm;
+    set_norm(norm, weight, bias, epsilon, columns);
+    for (long row = 0; row < rows; ++row) kernels().layer_norm(norm, nullptr, x + row * columns, columns);
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+// context (T, D) of query, key, value (T, D); places of the three and of the probabilities.
+int qb_attention(const float* query, const float* key, const float* value, int64_t tokens, int64_t size, float scaling,
+                 const double* places, float* context) try {
+    Buffer<uint8_t> scratch(attention_scratch(tokens, size));
+    Activation of[4];
+    for (int i = 0; i < 4; ++i) of[i] = activation_of(places + i * kNumbersOfPlace);
+    kernels().attention({query, key, value, size, context, size, tokens, size, scaling, &of[0], &of[1], &of[2], &of[3],
+                         scratch.get()});
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+void* qb_encoder_new(int64_t layers, int64_t hidden, int64_t heads, int64_t head_size, int64_t intermediate,
+                     int function, float scaling) try {
+    auto encoder = std::make_unique<Encoder>();
+    encoder->hidden = hidden, encoder->heads = heads, encoder->head_size = head_size;
+    encoder->intermediate = intermediate, encoder->function = static_cast<Function>(function);
+    encoder->scaling = scaling;
+    encoder->layers.resize(layers);
+    return encoder.release();
+} catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
+void qb_encoder_free(void* encoder) { delete static_cast<Encoder*>(encoder); }
+
+// Takes the four weights: query over key over value, attention output, up and down. Places are in the order of Place.
+int qb_encoder_layer(void* encoder, int64_t index, const double* places, void* query_key_value, void* output, void* up, void* down,
+                     const float* attention_weight, const float* attention_bias, const float* output_weight,
+                     const float* output_bias, float epsilon) try {
+    Encoder& e = *static_cast<Encoder*>(encoder);
+    Layer& layer = e.layers[index];
+    layer.query_key_value.reset(static_cast<Weight*>(query_key_value));
+    layer.output.reset(static_cast<Weight*>(output));
+    layer.up.reset(static_cast<Weight*>(up));
+    layer.down.reset(static_cast<Weight*>(down));
+    for (int i = 0; i < kPlaces; ++i) layer.places[i] = activation_of(places + i * kNumbersOfPlace);
+    set_norm(layer.after_attention, attention_weight, attention_bias, epsilon, e.hidden);
+    set_norm(layer.after_feed_forward, output_weight, output_bias, epsilon, e.hidden);
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+// The tables stay the caller's and must outlive the encoder. sizes: V, rows of scale, G, columns of a group, rows of
+// types and of positions.
+int qb_encoder_embedding(void* encoder, int layout, const uint8_t* words, const float* scale, const int64_t* sizes,
+                         const float* types, const float* positions, const float* weight, const float* bias,
+                         float epsilon) try {
+    Encoder& e = *static_cast<Encoder*>(encoder);
+    auto embedding = std::make_unique<Embedding>();
+    embedding->layout = static_cast<Layout>(layout);
+    embedding->words = words, embedding->scale = scale, embedding->types = types, embedding->positions = positions;
+    embedding->rows = sizes[0], embedding->scale_rows = sizes[1], embedding->groups = sizes[2];
+    embedding->group_columns = sizes[3], embedding->type_rows = sizes[4], embedding->position_rows = sizes[5];
+    set_norm(embedding->norm, weight, bias, epsilon, e.hidden);
+    e.embedding = std::move(embedding);
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+int qb_encoder_forward(const void* encoder, int64_t sentences, int64_t tokens, const uint8_t* mask,
+                       const float* embedded, const int64_t* words, const int64_t* types, const int64_t* positions,
+                       int64_t padding, float* output, int threads) try {
+    return forward(*static_cast<const Encoder*>(encoder),
+                   {sentences, tokens, mask, embedded, words, types, positions, padding, output}, threads);
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

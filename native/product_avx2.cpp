@@ -1,0 +1,88 @@
+// Matrix products on AVX2, 16 outputs as two registers. Ternary and binary codes are at most 2, so that byte products
+// summed in 16 bits over a 64-byte piece stay far below saturation; 8-bit codes are widened to 16 bits first.
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "qbert.h"
+
+#define QB_TARGET __attribute__((target("avx2")))
+
+namespace qbert {
+namespace {
+
+#include "steps.inl"
+
+template <int BITS, int MR>
+QB_INLINE void add_small(const uint8_t* piece, const uint8_t* x, long depth, __m256i (&sums)[MR][2]) {
+    const __m256i mask = _mm256_set1_epi8((1 << BITS % 8) - 1), ones = _mm256_set1_epi16(1);
+    for (int half = 0; half < 2; ++half) {
+        const __m256i codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(piece + half * 32));
+        __m256i pairs[MR];
+        for (int r = 0; r < MR; ++r) pairs[r] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+        for (int q = 0; q < 8 / BITS; ++q) {
+            const __m256i stored = _mm256_and_si256(_mm256_srli_epi16(codes, q * BITS), mask);
+            for (int r = 0; r < MR; ++r) {
+                int32_t quad;
+                __builtin_memcpy(&quad, x + r * depth + q * 4, 4);
+                pairs[r] = _mm256_add_epi16(pairs[r], _mm256_maddubs_epi16(stored, _mm256_set1_epi32(quad)));
+            }
+        }
+        for (int r = 0; r < MR; ++r)
+            sums[r][half] = _mm256_add_epi32(sums[r][half], _mm256_madd_epi16(pairs[r], ones));
+    }
+}
+
+template <bool SIGNED>
+QB_INLINE __m256i even(__m256i bytes) {
+    return SIGNED ? _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8)
+                  : _mm256_and_si256(bytes, _mm256_set1_epi16(255));
+}
+
+template <bool SIGNED>
+QB_INLINE __m256i odd(__m256i bytes) {
+    return SIGNED ? _mm256_srai_epi16(bytes, 8) : _mm256_srli_epi16(bytes, 8);
+}
+
+template <int MR, bool SIGNED>
+QB_INLINE void add_bytes(const uint8_t* piece, const uint8_t* x, long depth, __m256i (&sums)[MR][2]) {
+    for (int half = 0; half < 2; ++half) {
+        const __m256i codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(piece + half * 32));
+        const __m256i codes_even = even<SIGNED>(codes), codes_odd = odd<SIGNED>(codes);
+        for (int r = 0; r < MR; ++r) {
+            int32_t quad;
+            __builtin_memcpy(&quad, x + r * depth, 4);
+            const __m256i value = _mm256_set1_epi32(quad);
+            sums[r][half] = _mm256_add_epi32(sums[r][half], _mm256_madd_epi16(codes_even, even<!SIGNED>(value)));
+            sums[r][half] = _mm256_add_epi32(sums[r][half], _mm256_madd_epi16(codes_odd, odd<!SIGNED>(value)));
+        }
+    }
+}
+
+template <int BITS, int MR, bool SIGNED>
+QB_INLINE void multiply(const uint8_t* codes, const uint8_t* x, long depth, long pieces, int32_t* out) {
+    __m256i sums[MR][2];
+    for (int r = 0; r < MR; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    for (long piece = 0; piece < pieces; ++piece) {
+        if constexpr (BITS == 8) add_bytes<MR, SIGNED>(codes + piece * 64, x + piece * 4, depth, sums);
+        else add_small<BITS, MR>(codes + piece * 64, x + piece * (32 / BITS), depth, sums);
+    }
+    for (int r = 0; r < MR; ++r)
+        for (int half = 0; half < 2; ++half)
+            _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * kLanes + half * 8), sums[r][half]);
+}
+
+#include "product_blocks.inl"
+
+#include "attention.inl"
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {operand_blocks, sums_blocks, linear_blocks, quantize_row,   range_row,     gelu_row,
+                              relu_row,    layer_norm_row, attention_head};
+
+}  // namespace qbert
+
+#endif

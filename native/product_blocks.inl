@@ -1,0 +1,89 @@
+// Matrix products of the paths that work on blocks of at most 4 rows and one vector. Needs `multiply<BITS, MR, SIGNED>`:
+// sums (MR, 16) of unsigned stored codes times signed bytes of x, or with SIGNED of signed stored times unsigned x.
+
+constexpr int kRows = 4;
+
+QB_INLINE void store_block(const Weight& w, long at, long output, const Codes& x, long row, long group, bool first,
+                           const int32_t* sums, float* y) {
+    const int32_t correction = w.zero * x.sums[row * x.groups + group];
+    const f16 before = load16(first ? w.bias.get() + output : y);
+    const f16 start = splat(x.offset[row]) * load16(w.sums.get() + at + output) + before;
+    const f16 products = __builtin_convertvector(*reinterpret_cast<const i16*>(sums) - correction, f16);
+    const f16 scales = splat(x.scale[row]) * load16(w.scale.get() + at + output);
+    store16(y, products * scales + start);
+}
+
+template <int BITS, bool SIGNED>
+QB_INLINE void block(const uint8_t* codes, const uint8_t* x, long depth, long pieces, int rows, int32_t* sums) {
+    switch (rows) {
+        case 1: multiply<BITS, 1, SIGNED>(codes, x, depth, pieces, sums); break;
+        case 2: multiply<BITS, 2, SIGNED>(codes, x, depth, pieces, sums); break;
+        case 3: multiply<BITS, 3, SIGNED>(codes, x, depth, pieces, sums); break;
+        default: multiply<BITS, 4, SIGNED>(codes, x, depth, pieces, sums); break;
+    }
+}
+
+// Either whole numbers into `out` (N, padded rows), or floats into y (N, stride).
+template <int BITS>
+QB_INLINE void term(const Weight& w, long plane, long group, const Codes& x, long rows, long first, long last,
+                    int32_t* out, float* y, long stride) {
+    const long begin = group * w.group_columns, end = group + 1 == w.groups ? w.depth : begin + w.group_columns;
+    const int piece = 64 * 8 / (16 * BITS);
+    const uint8_t* codes = w.codes.get() + plane * w.vectors * w.vector_bytes() + begin / piece * 64;
+    for (long vector = first; vector < last; ++vector) {
+        for (long row = 0; row < rows; row += kRows) {
+            const int count = static_cast<int>(rows - row < kRows ? rows - row : kRows);
+            alignas(64) int32_t sums[kRows * kLanes];
+            block<BITS, false>(codes + vector * w.vector_bytes(),
+                               reinterpret_cast<const uint8_t*>(x.codes) + row * w.depth + begin, w.depth,
+                               (end - begin + piece - 1) / piece, count, sums);
+            if (BITS == 1)
+                for (int i = 0; i < count * kLanes; ++i) sums[i] *= 2;
+            const long output = vector * kLanes;
+            for (int r = 0; r < count; ++r) {
+                if (out) {
+                    const int32_t correction = w.zero * x.sums[(row + r) * x.groups + group];
+                    for (int lane = 0; lane < kLanes; ++lane)
+                        out[(row + r) * w.padded_rows() + output + lane] = sums[r * kLanes + lane] - correction;
+                } else {
+                    store_block(w, (plane * w.groups + group) * w.padded_rows(), output, x, row + r, group,
+                                plane + group == 0, sums + r * kLanes, y + (row + r) * stride + output);
+                }
+            }
+        }
+    }
+}
+
+QB_INLINE void term_of(const Weight& w, long plane, long group, const Codes& x, long rows, long first, long last,
+                       int32_t* out, float* y, long stride) {
+    if (w.bits == 8) term<8>(w, plane, group, x, rows, first, last, out, y, stride);
+    else if (w.bits == 2) term<2>(w, plane, group, x, rows, first, last, out, y, stride);
+    else term<1>(w, plane, group, x, rows, first, last, out, y, stride);
+}
+
+long operand_blocks(const Weight&, int, int) { return 0; }
+
+QB_TARGET void sums_blocks(const Weight& w, long plane, long group, const Codes& x, long rows, int32_t* out) {
+    term_of(w, plane, group, x, rows, 0, w.vectors, out, nullptr, 0);
+}
+
+QB_TARGET void linear_blocks(const Weight& w, const Codes& x, long rows, long first, long last, float* y, long stride) {
+    for (long group = 0; group < w.groups; ++group)
+        for (long plane = 0; plane < w.planes; ++plane)
+            term_of(w, plane, group, x, rows, first, last, nullptr, y, stride);
+}
+
+// out (rows, stride) = x (rows, quads * 4) times a panel of bytes; one of the two factors is unsigned.
+template <bool SIGNED>
+QB_INLINE void panel_product(const uint8_t* panel, long vector_bytes, long vectors, long quads, const uint8_t* x,
+                             long depth, int rows, int32_t* out, long stride) {
+    for (long v = 0; v < vectors; ++v) {
+        for (int row = 0; row < rows; row += kRows) {
+            alignas(64) int32_t sums[kRows * kLanes];
+            const int count = rows - row < kRows ? rows - row : kRows;
+            block<8, SIGNED>(panel + v * vector_bytes, x + row * depth, depth, quads, count, sums);
+            for (int r = 0; r < count; ++r)
+                __builtin_memcpy(out + (row + r) * stride + v * kLanes, sums + r * kLanes, kLanes * 4);
+        }
+    }
+}

@@ -1,0 +1,177 @@
+// What the files of the engine share. Shapes: O output rows, I input columns, G scale groups, P planes, H heads,
+// D head size, C hidden size.
+//
+// A vector is 16 output rows: one 512-bit register of int32 sums. A quad is 4 consecutive columns: what one byte dot
+// product adds. A term is one (plane, group): the columns over which sums stay whole numbers before a scale applies.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace qbert {
+
+constexpr int kLanes = 16;       // output rows of a vector
+constexpr float kTiny = 1e-30f;  // quantizers.TINY
+
+constexpr long round_up(long value, long step) { return (value + step - 1) / step * step; }
+
+// Memory aligned to a cache line, zeroed; throws std::bad_alloc.
+template <typename T>
+class Buffer {
+ public:
+    Buffer() = default;
+    explicit Buffer(size_t count) { reset(count); }
+    void reset(size_t count) {
+        void* memory = nullptr;
+        if (count > SIZE_MAX / sizeof(T) / 2 || posix_memalign(&memory, 64, (count ? count : 1) * sizeof(T)) != 0)
+            throw std::bad_alloc();
+        __builtin_memset(memory, 0, count * sizeof(T));
+        data_.reset(static_cast<T*>(memory));
+        count_ = count;
+    }
+    void grow(size_t count) {  // contents are lost
+        if (count > count_) {
+            data_.reset();
+            count_ = 0;
+            reset(count);
+        }
+    }
+    T* get() const { return data_.get(); }
+    T& operator[](size_t i) const { return data_.get()[i]; }
+    size_t count() const { return count_; }
+
+ private:
+    struct Free {
+        void operator()(T* memory) const { free(memory); }
+    };
+    std::unique_ptr<T, Free> data_;
+    size_t count_ = 0;
+};
+
+// Layouts of a checkpoint, as packing.py draws them.
+enum Layout { kTwoBit = 0, kDense = 1, kInt8 = 2, kOneBit = 3 };
+
+// One weight in the kernels' layout. Stored codes are unsigned: code + zero, of 1 bit half of that.
+struct Weight {
+    int bits = 2;     // 8, 2 or 1 (code 1 for +1, 0 for -1)
+    int zero = 1;     // 128, 1 or 1
+    long rows = 0, columns = 0;
+    long planes = 1, groups = 1;
+    long group_columns = 0;  // columns of a group, the last may have fewer; a multiple of 16 if there is more than one
+    long depth = 0;          // columns rounded up to 16, of which activation rows hold that many bytes
+    long vectors = 0;        // O / 16 rounded up
+    Buffer<uint8_t> codes;   // (P, vectors, depth * bits / 8 * 16): see packing.cpp
+    Buffer<float> scale;     // (P, G, vectors * 16)
+    Buffer<float> sums;      // (P, G, vectors * 16): sum of codes times scale, ops.scaled_code_sums
+    Buffer<float> bias;      // (vectors * 16)
+
+    long padded_rows() const { return vectors * kLanes; }
+    long vector_bytes() const { return depth * bits * 2; }
+    long terms() const { return planes * groups; }
+};
+
+struct Range {
+    float low, high;
+};
+
+enum Kind { kAsymmetric = 0, kSymmetric = 1, kStep = 2 };
+
+// How the numbers of one place become codes: quantizers.ActivationQuantizer, PactQuantizer and LsqQuantizer.
+struct Activation {
+    int bits = 8;
+    int kind = kAsymmetric;
+    float clip_low = -__builtin_inff(), clip_high = __builtin_inff();  // numbers are held between them first
+    float step = 1, floor = 0;  // of kStep: code = (x - floor) / step, held in [least, most], then less `less`
+    int least = -128, most = 127, less = 0;
+
+    int lowest_code() const { return kind == kStep ? least - less : -(1 << (bits - 1)); }
+    int highest_code() const { return kind == kStep ? most - less : (1 << (bits - 1)) - 1; }
+};
+
+// Quantized rows: codes (N, depth) int8, the pad 0; scale and offset (N), sums of codes (N, G).
+struct Codes {
+    int8_t* codes;
+    float* scale;
+    float* offset;
+    int32_t* sums;
+    long depth;
+    long groups;
+    int least, most;   // bounds of the codes, which decide how they are multiplied
+    uint8_t* operand;  // Kernels::operand bytes of a thread's own
+};
+
+struct LayerNorm {
+    Buffer<float> weight, bias;
+    float epsilon = 0;
+};
+
+// Attention of one head of one sentence.
+struct Head {
+    const float* query;  // (tokens, stride) floats; key and value alike
+    const float* key;
+    const float* value;
+    long stride;
+    float* context;  // (tokens, context_stride)
+    long context_stride;
+    long tokens, size;
+    float scaling;
+    const Activation *of_query, *of_key, *of_value, *of_probability;
+    uint8_t* scratch;  // attention_scratch(tokens, size) bytes, aligned
+};
+
+// One compiled path. Every path gives the same bits.
+struct Kernels {
+    // Bytes in which a product with codes of these bounds keeps the form of x that it multiplies.
+    long (*operand)(const Weight&, int least, int most);
+    // out (N, padded rows): exact sums of the codes of one term.
+    void (*sums)(const Weight&, long plane, long group, const Codes& x, long rows, int32_t* out);
+    // y (N, stride) = bias + the sum over terms of offset * sums + products * (scale * scale), of vectors [first, last).
+    void (*linear)(const Weight&, const Codes& x, long rows, long first, long last, float* y, long stride);
+    void (*quantize)(const float* x, long n, Range range, const Activation&, long group_columns, const Codes& out, long row);
+    Range (*range)(const float* x, long n);
+    Range (*gelu)(float* x, long n);
+    Range (*relu)(float* x, long n);
+    Range (*layer_norm)(const LayerNorm&, const float* y, float* x, long n);  // x = norm(y + x), y may be null
+    void (*attention)(const Head&);
+};
+
+enum Level { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#endif
+
+Level best_level();     // of this CPU, under QBERT_CPU
+Level level();          // in use
+void set_level(Level);  // never above best_level()
+const Kernels& kernels();
+
+// packing.cpp
+std::unique_ptr<Weight> make_weight(Layout, const uint8_t* packed, long rows, long columns, long planes, long groups,
+                                    long group_columns, const float* scale, const float* bias);
+void unpack_row(Layout, const uint8_t* packed, long columns, int8_t* codes);
+long packed_row_bytes(Layout, long columns);
+
+// threads.cpp
+class Team {
+ public:
+    Team(int size) : size_(size) {}
+    int size() const { return size_; }
+    void barrier();  // all threads of the team
+
+ private:
+    int size_;
+    alignas(64) int arrived_ = 0;
+    alignas(64) int generation_ = 0;
+};
+// Runs body(context, thread, team) on up to `threads` threads, this one included. Which threads are there never
+// changes an answer: a pool in use elsewhere leaves the caller alone with the work.
+void run_team(int threads, void (*body)(void* context, int thread, Team& team), void* context);
+
+long attention_scratch(long tokens, long size);
+
+}  // namespace qbert

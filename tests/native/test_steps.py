@@ -1,0 +1,100 @@
+"""The float steps between products: the same bits as the formulas of `ops` and `quantizers` on every path."""
+
+import itertools
+import types
+
+import pytest
+import torch
+
+from modeling_qbert import native, ops
+from modeling_qbert.attention import quantized_attention
+from modeling_qbert.layers import _quantize_input
+from modeling_qbert.quantizers import ActivationQuantizer, LsqQuantizer, PactQuantizer
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    """Rows of very different size, some constant, some zero."""
+    x = torch.randn(shape) * 10 ** torch.linspace(-6, 3, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    x[0], x[-1] = 0.0, 2.5
+    return x
+
+
+def lsq(bits: int, step: float, low: float | None = None) -> LsqQuantizer:
+    quantizer = LsqQuantizer(bits, low, 100)
+    quantizer.step.data.fill_(step)
+    return quantizer
+
+
+def pact(symmetric: bool, low: float, high: float) -> PactQuantizer:
+    quantizer = PactQuantizer(ActivationQuantizer(8, symmetric, False))
+    quantizer.clip.data.copy_(torch.tensor([low, high]))
+    return quantizer
+
+
+QUANTIZERS = {
+    **{
+        f"{bits} bits, {'symmetric' if symmetric else 'asymmetric'}": ActivationQuantizer(bits, symmetric, False)
+        for bits, symmetric in itertools.product((8, 4), (True, False))
+    },
+    "pact": pact(True, -1.3, 0.9),
+    "pact, asymmetric": pact(False, -0.17, 2.0),
+    "lsq 4": lsq(4, 0.037),
+    "lsq 8": lsq(8, 0.0021),
+    "lsq 4 above": lsq(4, 0.11, -0.1700),
+    "lsq 4 above 0": lsq(4, 0.11, 0.0),
+    "lsq 8 above": lsq(8, 0.011, -0.1700),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("columns", [1, 16, 47, 768])
+def test_codes(level, name, columns):  # noqa: ARG001
+    x = numbers(23, columns)
+    with torch.no_grad():
+        expected = _quantize_input(x, QUANTIZERS[name], None)[1]
+    codes, scale, offset = native.quantize(x, native.place_of(QUANTIZERS[name]))
+    assert torch.equal(codes, expected.codes)
+    assert torch.equal(scale, expected.scale.expand(23, 1))
+    assert torch.equal(offset, torch.zeros(23, 1) if expected.offset is None else expected.offset.expand(23, 1))
+
+
+@pytest.mark.parametrize("columns", [1, 15, 768])
+def test_gelu(level, columns):  # noqa: ARG001
+    x = torch.cat([numbers(40, columns), torch.linspace(-12, 12, 60).view(-1, 1).expand(60, columns)])
+    assert torch.equal(native.gelu(x), ops.gelu(x))
+    near = x.abs() < 12
+    exact = torch.nn.functional.gelu(x.double())
+    assert float((ops.gelu(x).double() - exact)[near].abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("columns", [1, 15, 36, 768])
+def test_layer_norm(level, columns):  # noqa: ARG001
+    x, weight, bias = numbers(50, columns), torch.randn(columns), torch.randn(columns)
+    expected = ops.layer_norm(x, weight, bias, 1e-12)
+    assert torch.equal(native.layer_norm(x, weight, bias, 1e-12), expected)
+    exact = torch.nn.functional.layer_norm(x.double(), (columns,), weight.double(), bias.double(), 1e-12)
+    clear = x.std(-1, correction=0) > 1e-3  # of numbers all but equal, any float32 norm is noise
+    torch.testing.assert_close(expected[clear].double(), exact[clear], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens, size", [(1, 4), (2, 12), (7, 20), (33, 32), (64, 64), (129, 64)])
+@pytest.mark.parametrize("kind", ["asymmetric", "symmetric", "4 bits", "lsq", "pact"])
+def test_attention(level, tokens, size, kind):
+    if level == "scalar" and tokens > 64:
+        pytest.skip("slow, and the same code as for fewer tokens")
+    query, key, value = (3 * torch.randn(tokens, size) for _ in range(3))
+    bits = 4 if kind == "4 bits" else 8
+    spec = ActivationQuantizer(bits, kind in ("symmetric", "lsq"), False)
+    module = types.SimpleNamespace(config=types.SimpleNamespace(activation_quantizer_spec=spec), training=False)
+    if kind in ("lsq", "pact"):
+        module.config.activation_quantizer_spec = None if kind == "lsq" else spec
+        for part in ("query", "key", "value"):
+            setattr(module, f"{part}_quantizer", lsq(4, 0.6) if kind == "lsq" else pact(True, -4.0, 3.0))
+        if kind == "lsq":
+            module.probability_quantizer = lsq(4, 0.03, 0.0)
+    names = ("query", "key", "value", "probability")
+    quantizers = [getattr(module, f"{name}_quantizer", spec) for name in names]
+    with torch.no_grad():
+        expected = quantized_attention(module, query[None, None], key[None, None], value[None, None], None)[0]
+    places = [native.place_of(quantizer, name != "probability") for quantizer, name in zip(quantizers, names)]
+    assert torch.equal(native.attention(query, key, value, size**-0.5, places), expected[0, :, 0])
