@@ -107,7 +107,7 @@ class LowBitConfig(PreTrainedConfig):
         path = kwargs.get("name_or_path") or config_dict.get("name_or_path")
         config_dict = {name: value for name, value in config_dict.items() if name != "name_or_path"}
         # Transformers sets overrides after birth, when nothing checks them any more.
-        overrides = {name: kwargs.pop(name) for name in low_bit_fields() if name in kwargs}
+        overrides = {name: kwargs.pop(name) for name in low_bit_fields(cls) if name in kwargs}
         try:
             return super().from_dict(config_dict | overrides, **kwargs)
         except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
@@ -174,7 +174,8 @@ class LowBitConfig(PreTrainedConfig):
         unknown = sorted(key for key in self.__dict__ if _LOW_BIT_WORD.search(key) and key not in known)
         unknown = [key for key in unknown if not key.startswith("_")]
         if unknown:
-            raise ValueError(f"config has unknown quantization fields {unknown}; known are {sorted(low_bit_fields())}")
+            known = sorted(low_bit_fields(type(self)))
+            raise ValueError(f"config has unknown quantization fields {unknown}; known are {known}")
 
     @property
     def output_attentions(self):
@@ -228,7 +229,7 @@ class LowBitConfig(PreTrainedConfig):
 
     def compute_fields(self) -> dict[str, Any]:
         """Every field that an answer depends on; a packed file carries them and refuses a config that differs."""
-        names = {*low_bit_fields(), *_RANGES, "hidden_act", "layer_norm_eps", "pad_token_id", "is_decoder"}
+        names = {*low_bit_fields(type(self)), *_RANGES, "hidden_act", "layer_norm_eps", "pad_token_id", "is_decoder"}
         names |= {name for name in vars(self) if name.startswith("summary_") and "dropout" not in name}
         fields = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
         for name in _YOUNGER_FIELDS:
@@ -254,8 +255,10 @@ def _activation_quantizer(bits: str, quantizer: str, granularity: str) -> Activa
     return ActivationQuantizer(activation_bits, quantizer != "asymmetric", granularity == "per_tensor")
 
 
-def low_bit_fields() -> list[str]:
-    return list(LowBitConfig.__annotations__)
+def low_bit_fields(config_class: type[LowBitConfig] = LowBitConfig) -> list[str]:
+    """Names of the fields that a low-bit config adds to its backbone's."""
+    mixins = [base for base in reversed(config_class.__mro__) if issubclass(base, LowBitConfig)]
+    return list(dict.fromkeys(name for base in mixins for name in base.__annotations__))
 
 
 @strict
@@ -295,3 +298,72 @@ class BinaryElectraConfig(LowBitConfig, ElectraConfig):
     __doc__ = "ELECTRA with binary weights. Adds to `ElectraConfig`:\n" + (LowBitConfig.__doc__ or "")
     model_type = "binary_electra"
     bits: str = "1-1-8"
+
+
+@strict
+class GhostFields(LowBitConfig):
+    r"""
+    Fields of ghost features. Adds to `LowBitConfig`:
+
+    Args:
+        ghost_placement (`"both"`, `"attention"`, `"feed_forward"` or `"none"`, *optional*, defaults to `"both"`):
+            The outputs in every layer that get ghost features.
+        ghost_features (`int`, *optional*): Their number after the attention. Default: as many as heads were pruned,
+            `hidden_size / head_dim - num_attention_heads`. The feed-forward output gets one.
+        ghost_kernel_size (`int`, *optional*, defaults to 3): Tokens that a kernel spans, an odd number.
+        ghost_normalization (`"softmax"` or `"none"`, *optional*, defaults to `"softmax"`): Of each kernel.
+        ghost_activation (`str`, *optional*, defaults to `"relu"`): Non-linearity after the convolution.
+    """
+
+    bits: str = "32-32-32"
+    ghost_placement: Literal["both", "attention", "feed_forward", "none"] = "both"
+    ghost_features: int | None = None
+    ghost_kernel_size: int = 3
+    ghost_normalization: Literal["softmax", "none"] = "softmax"
+    ghost_activation: str = "relu"
+
+    def validate_ghosts(self):
+        """Run by `@strict`; every error names the field and its value."""
+        size, features = self.ghost_kernel_size, self.ghost_features
+        if isinstance(size, bool) or size % 2 == 0 or not 1 <= size <= 63:
+            raise ValueError(f"config field `ghost_kernel_size` must be an odd number in [1, 63], found {size!r}")
+        if features is not None and (isinstance(features, bool) or not 0 <= features <= 1024):
+            raise ValueError(f"config field `ghost_features` must be a whole number in [0, 1024], found {features!r}")
+        if self.ghost_activation not in ACT2FN:
+            raise ValueError(
+                f"config field `ghost_activation` must be one of {sorted(ACT2FN)}, found {self.ghost_activation!r}"
+            )
+        if self.ghost_placement != "none" and self.is_decoder:
+            raise ValueError("config field `is_decoder` must be False: ghost features see the next token")
+
+    @property
+    def attention_ghosts(self) -> int:
+        """Ghost features after the attention of each layer."""
+        if self.ghost_placement not in ("both", "attention"):
+            return 0
+        if self.ghost_features is not None or self.head_dim is None:
+            return self.ghost_features or 0
+        return max(0, self.hidden_size // self.head_dim - self.num_attention_heads)
+
+    @property
+    def feed_forward_ghosts(self) -> int:
+        """Ghost features after the feed-forward network of each layer."""
+        return 1 if self.ghost_placement in ("both", "feed_forward") else 0
+
+
+@strict
+class GhostBertConfig(GhostFields, BertConfig):
+    __doc__ = "BERT with ghost features (GhostBERT). Adds to `BertConfig`:\n" + (GhostFields.__doc__ or "")
+    model_type = "ghost_bert"
+
+
+@strict
+class GhostRobertaConfig(GhostFields, RobertaConfig):
+    __doc__ = "RoBERTa with ghost features. Adds to `RobertaConfig`:\n" + (GhostFields.__doc__ or "")
+    model_type = "ghost_roberta"
+
+
+@strict
+class GhostElectraConfig(GhostFields, ElectraConfig):
+    __doc__ = "ELECTRA with ghost features. Adds to `ElectraConfig`:\n" + (GhostFields.__doc__ or "")
+    model_type = "ghost_electra"

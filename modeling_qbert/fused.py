@@ -21,7 +21,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 
 from .layers import FixedGELU, FixedLayerNorm, PackedEmbedding, PackedLinear
-from .ops import WHY_NOT_NATIVE, EmbeddingTables, LayerWeights, NativeEncoder, NativeWeight, place_of, supports_groups
+from .ops import WHY_NOT_NATIVE, EmbeddingTables, LayerWeights, NativeEncoder, NativeWeight, place_of, supports
 from .quantizers import ActivationQuantizer, LsqQuantizer
 
 
@@ -131,6 +131,8 @@ def _answer(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     tensor = ids if embedded is None else embedded
     if tensor.device.type != "cpu" or (mask is not None and (mask.dim() != 2 or mask.shape != tensor.shape[:2])):
         return None
+    if not any(type(module) is PackedLinear for module in model.encoder.modules()):
+        return None
     engine = _engine(model)
     if engine is None:
         return None
@@ -223,7 +225,7 @@ def _layer_weights(layer: nn.Module) -> "LayerWeights":
         raise _NotFusedError(f"the engine has no {type(act).__name__}")
     linears = [layer.attention.output.dense, layer.intermediate.dense, layer.output.dense]
     return LayerWeights(
-        [_place(quantizer) for quantizer in _quantizers(attention, linears)],
+        [_place(name, quantizer) for name, quantizer in _quantizers(attention, linears)],
         _weight([attention.query, attention.key, attention.value]),
         *[_weight([linear]) for linear in linears],
         _norm(layer.attention.output.LayerNorm),
@@ -231,20 +233,22 @@ def _layer_weights(layer: nn.Module) -> "LayerWeights":
     )
 
 
-def _quantizers(attention: nn.Module, linears: list[nn.Module]) -> Iterator[Any]:
+def _quantizers(attention: nn.Module, linears: list[nn.Module]) -> Iterator[tuple[str, Any]]:
     """Of input, query, key, value, probabilities, context, hidden state and feed-forward."""
-    yield attention.query.activation
+    yield "input", attention.query.activation
     dynamic = getattr(attention.config, "activation_quantizer_spec", None)
     for part in ("query", "key", "value", "probability"):
-        yield getattr(attention, f"{part}_quantizer", dynamic)
-    yield from (linear.activation for linear in linears)
+        yield part, getattr(attention, f"{part}_quantizer", dynamic)
+    yield from zip(("context", "hidden", "feed-forward"), (linear.activation for linear in linears))
 
 
-def _place(quantizer: Any) -> Any:
+def _place(name: str, quantizer: Any) -> Any:
     inner = getattr(quantizer, "dynamic", quantizer)
     if not isinstance(inner, ActivationQuantizer | LsqQuantizer) or getattr(inner, "per_tensor", False):
         raise _NotFusedError("it needs quantized activations, with ranges per token or learned steps")
-    return place_of(quantizer)
+    if getattr(inner, "signs", False):
+        raise _NotFusedError("the engine has no elastic binarization of activations")
+    return place_of(quantizer, signed=name != "probability")
 
 
 def _weight(layers: list[nn.Module]) -> "NativeWeight":
@@ -254,8 +258,8 @@ def _weight(layers: list[nn.Module]) -> "NativeWeight":
     if any(layer.spec != spec or layer.packing != packing for layer in layers):
         raise _NotFusedError("query, key and value must be quantized alike")
     groups = layers[0].weight_scale.shape[-1]
-    if groups > 1 and not supports_groups(packing, spec.group_size):
-        raise _NotFusedError(f"it takes no groups of {spec.group_size} columns")
+    if not supports(packing, groups, spec.group_size):
+        raise _NotFusedError(f"it takes no layout {packing} in {groups} groups of {spec.group_size} columns")
     scales = [layer.weight_scale.view(spec.planes, -1, groups) for layer in layers]
     scales = [scale.expand(-1, layer.out_features, -1) for scale, layer in zip(scales, layers)]
     biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
@@ -278,6 +282,8 @@ def _embedding_tables(model: nn.Module) -> "EmbeddingTables | None":
     if any(type(table) is not nn.Embedding or table.weight.dtype != torch.float32 for table in tables):
         return None
     _expect(words, PackedEmbedding)
+    if not supports(words.packing):
+        return None
     return EmbeddingTables(
         words.weight,
         words.packing,

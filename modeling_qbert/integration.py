@@ -191,7 +191,7 @@ def check_file(path: str, model: nn.Module, packing: str) -> PackedFile:
     if file.metadata["qbert_packing"] != packing:
         raise file.fail(f"packing is {file.metadata['qbert_packing']!r}, config.json says {packing!r}")
     fields = model.config.compute_fields() | {"num_labels": model.config.num_labels}
-    defaults = {name: getattr(type(model.config), name, None) for name in low_bit_fields()}
+    defaults = {name: getattr(type(model.config), name, None) for name in low_bit_fields(type(model.config))}
     check_config(file, fields, defaults, frozenset() if same_head else frozenset({"num_labels"}))
     check_digests(file)
     check_tensors(file, expected)

@@ -388,7 +388,8 @@ class LowBitMixin:
     def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """A plain Transformers model whose weights are scale * codes; its activations are full precision.
 
-        A pruned network, which no plain class can hold, stays in its own class with `bits` 32-32-32.
+        A pruned network and one with ghost features, which no plain class can hold, stay in their own class with
+        `bits` 32-32-32.
         """
         refuse_adapters(self, "dequantize")
         refuse_offloaded(self, "dequantize")
@@ -396,7 +397,7 @@ class LowBitMixin:
         fields = config.to_dict()
         for name in (*low_bit_fields(), "quantization_config", "model_type", "architectures", "auto_map", "dtype"):
             fields.pop(name, None)
-        if config.head_dim is None:
+        if config.head_dim is None and not hasattr(config, "ghost_placement"):
             target = next(base for base in type(self).__mro__ if base.__module__.startswith("transformers."))
         else:
             target = type(self)

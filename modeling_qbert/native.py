@@ -158,7 +158,7 @@ class NativeWeight:
         if width != row_bytes(columns, layout) or 0 in (planes, rows, columns):
             expected = row_bytes(columns, layout)
             raise ValueError(f"a {layout} row of {columns} codes has {expected} bytes, found {list(packed.shape)}")
-        if groups > 1 and (not supports_groups(layout, group_size) or -(-columns // group_size) != groups):
+        if groups > 1 and (not supports(layout, groups, group_size) or -(-columns // group_size) != groups):
             raise ValueError(f"{groups} groups of {group_size} columns do not fit {columns} columns of {layout}")
         self.planes, self.rows, self.columns, self.groups, self.layout = planes, rows, columns, groups, layout
         self.handle = _library.qb_weight_new(
@@ -201,9 +201,9 @@ class NativeWeight:
         return y
 
 
-def supports_groups(layout: str, group_size: int) -> bool:
-    """Whether columns can share scales in groups of this size."""
-    return group_size % (32 if layout == "1bit" else 16) == 0
+def supports(layout: str, groups: int = 1, group_size: int = 0) -> bool:
+    """Whether the engine has this layout, and scales shared by groups of this size."""
+    return layout in LAYOUTS and (groups == 1 or group_size % (32 if layout == "1bit" else 16) == 0)
 
 
 def quantize(x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,7 +101,8 @@ QB_INLINE float score_row(const Head& head, const AttentionScratch& s, const Lin
         if (key + 16 <= head.tokens) highest = high16(y, highest);
         else for (long i = key; i < head.tokens; ++i) high = scores[i] > high ? scores[i] : high;
     }
-    for (int lane = 0; lane < 16; ++lane) high = highest[lane] > high ? highest[lane] : high;
+    const float all = collect(highest, highest, {0, -__builtin_inff()}).high;
+    high = all > high ? all : high;
     return high;
 }
 

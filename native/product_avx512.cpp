@@ -172,33 +172,34 @@ QB_TARGET void term(const Weight& w, const Way& way, long plane, long group, con
     const long begin = group * w.group_columns;
     const long end = group + 1 == w.groups ? w.depth : begin + w.group_columns;
     const int piece = 64 * 8 / (16 * w.bits);  // columns of a 64-byte piece
-    const int32_t* row_sums = t.row_sums;
     const uint8_t* codes = w.codes.get() + plane * w.vectors * w.vector_bytes() + begin / piece * 64;
     const int8_t* x = reinterpret_cast<const int8_t*>(operand) + begin / piece * way.piece_bytes;
     const long blocks = (rows + 3) / 4, most_rows = (rows + blocks - 1) / blocks;
     const long most_vectors = most_rows > 2 ? way.most_vectors : way.few_vectors;
     const long outputs = w.padded_rows(), at = (plane * w.groups + group) * outputs;
+    Block block{nullptr, w.vector_bytes(), nullptr, row_bytes, (end - begin + piece - 1) / piece, nullptr};
     for (long vector = first; vector < last; vector += most_vectors) {
-        const long vectors = last - vector < most_vectors ? last - vector : most_vectors;
+        const long vectors = last - vector < most_vectors ? last - vector : most_vectors, output = vector * kLanes;
+        const Product full = product_of(w, way, most_rows, vectors);
+        Target here = t;
+        here.sums = t.sums ? t.sums + output : nullptr;
+        here.y = t.y ? t.y + output : nullptr;
+        here.weight_scale = w.scale.get() + at + output;
+        here.weight_sums = w.sums.get() + at + output;
+        here.bias = plane + group == 0 ? w.bias.get() + output : nullptr;
+        here.row_sums = t.row_sums + group;
+        block.codes = codes + vector * w.vector_bytes();
+        block.next = block.codes + vectors * w.vector_bytes();
+        block.x = x;
         for (long row = 0; row < rows; row += most_rows) {
             const long count = rows - row < most_rows ? rows - row : most_rows;
-            Target here = t;
-            const long output = vector * kLanes;
-            if (t.sums) here.sums = t.sums + row * t.stride + output;
-            if (t.y) {
-                here.y = t.y + row * t.stride + output;
-                here.weight_scale = w.scale.get() + at + output;
-                here.weight_sums = w.sums.get() + at + output;
-                here.bias = plane + group == 0 ? w.bias.get() + output : nullptr;
-                here.scale = t.scale + row;
-                here.offset = t.offset + row;
-            }
-            here.row_sums = row_sums + row * t.groups + group;
-            const uint8_t* const at_vector = codes + vector * w.vector_bytes();
-            const uint8_t* const next = row == 0 ? at_vector + vectors * w.vector_bytes() : at_vector;
-            product_of(w, way, count, vectors)({at_vector, w.vector_bytes(), x + row * row_bytes, row_bytes,
-                                                (end - begin + piece - 1) / piece, next},
-                                               here);
+            (count == most_rows ? full : product_of(w, way, count, vectors))(block, here);
+            block.next = block.codes;
+            block.x += count * row_bytes;
+            if (t.sums) here.sums += count * t.stride;
+            else here.y += count * t.stride;
+            if (t.scale) here.scale += count, here.offset += count;
+            here.row_sums += count * t.groups;
         }
     }
 }

@@ -29,7 +29,11 @@ QB_INLINE void widen(Range& range, float x) {
     range.high = x > range.high ? x : range.high;
 }
 
-QB_INLINE Range collect(const f16& low, const f16& high, Range range) {
+QB_INLINE Range collect(f16 low, f16 high, Range range) {
+#ifdef QB_AVX512
+    const float least = _mm512_reduce_min_ps((__m512)low), most = _mm512_reduce_max_ps((__m512)high);
+    return {least < range.low ? least : range.low, most > range.high ? most : range.high};
+#endif
     for (int lane = 0; lane < 16; ++lane) {
         range.low = low[lane] < range.low ? low[lane] : range.low;
         range.high = high[lane] > range.high ? high[lane] : range.high;
@@ -108,6 +112,9 @@ QB_INLINE T on_steps(T x, T step, T floor, T least, T most) {
 }
 
 QB_INLINE int32_t total16(i16 v) {
+#ifdef QB_AVX512
+    return _mm512_reduce_add_epi32((__m512i)v);
+#endif
     int32_t sum = 0;
     for (int lane = 0; lane < 16; ++lane) sum += v[lane];
     return sum;
@@ -211,7 +218,24 @@ QB_INLINE double total8(d8 v) {
     return sum;
 }
 
-QB_INLINE d8 double8(const float* x) { return __builtin_convertvector(*reinterpret_cast<const f8*>(x), d8); }
+// GCC converts halves; the instruction takes all eight.
+QB_INLINE d8 to_double(f8 x) {
+#ifdef QB_AVX512
+    return (d8)_mm512_cvtps_pd((__m256)x);
+#else
+    return __builtin_convertvector(x, d8);
+#endif
+}
+
+QB_INLINE f8 to_float(d8 x) {
+#ifdef QB_AVX512
+    return (f8)_mm512_cvtpd_ps((__m512d)x);
+#else
+    return __builtin_convertvector(x, f8);
+#endif
+}
+
+QB_INLINE d8 double8(const float* x) { return to_double(*reinterpret_cast<const f8*>(x)); }
 
 // ops.layer_norm: mean, variance and root are taken in double and rounded to float, everything else is float.
 QB_TARGET static Range layer_norm_row(const LayerNorm& norm, const float* y, float* x, long n) {
@@ -294,7 +318,7 @@ QB_INLINE d8 root8(l8 index) {
 // exp of x <= 0 in double, within 2^-46: x = (16 k + j) ln 2 / 16 + r, e^x = 2^k 2^(j/16) e^r. Rounded to float it is
 // the float nearest to e^x but for one argument in millions, as is torch.exp of doubles.
 QB_INLINE d8 exp8(d8 x) {
-    x = x > -110.0 ? x : d8{} - 110.0;  // float32 is 0 there
+    x = x > -80.0 ? x : d8{} - 80.0;  // the code is 0 from there, and a sum that is at least 1 stays as it is
     const d8 shifted = x * 23.083120654223414 + kMagicDouble;
     const d8 whole = shifted - kMagicDouble;
     const l8 n = (l8)shifted - (l8)(d8{} + kMagicDouble);
@@ -317,23 +341,27 @@ QB_TARGET static Probabilities softmax_row(float* scores, long n, float high, co
                                            uint8_t* codes) {
     const bool steps = activation.kind == kStep;
     const float levels = static_cast<float>((1 << activation.bits) - 1);
-    const long padded = round_up(n, 8);
+    const long padded = round_up(n, 16);
     for (long i = n; i < padded; ++i) scores[i] = -__builtin_inff();
-    d8 sum = {};
+    d8 sums[2] = {};
     i8x code_sum = {};
-    for (long i = 0; i < padded; i += 8) {
-        const f8 shifted = *reinterpret_cast<const f8*>(scores + i) - high;
-        const f8 e = __builtin_convertvector(exp8(__builtin_convertvector(shifted, d8)), f8);
-        sum += __builtin_convertvector(e, d8);
-        if (steps) {
-            *reinterpret_cast<f8*>(scores + i) = e;
-            continue;
+    for (long i = 0; i < padded; i += 16) {
+        f8 e[2];
+        for (int half = 0; half < 2; ++half) {
+            e[half] = to_float(exp8(to_double(*reinterpret_cast<const f8*>(scores + i + half * 8) - high)));
+            sums[half] += to_double(e[half]);
         }
-        const i8x code = (i8x)(e * levels + kMagic) - kMagicBits;
-        code_sum += code;
-        *reinterpret_cast<u8x*>(codes + i) = __builtin_convertvector(code, u8x);
+        for (int half = 0; half < 2; ++half) {
+            if (steps) {
+                *reinterpret_cast<f8*>(scores + i + half * 8) = e[half];
+                continue;
+            }
+            const i8x code = (i8x)(e[half] * levels + kMagic) - kMagicBits;
+            code_sum += code;
+            *reinterpret_cast<u8x*>(codes + i + half * 8) = __builtin_convertvector(code, u8x);
+        }
     }
-    const float total = static_cast<float>(total8(sum));
+    const float total = static_cast<float>(total8(sums[0] + sums[1]));
     const f8 zero = {}, most = zero + static_cast<float>(activation.most);
     for (long i = 0; steps && i < padded; i += 8) {
         const f8 probability = *reinterpret_cast<const f8*>(scores + i) / total;

@@ -50,11 +50,11 @@ def test_pipeline_answers_as_recorded(folder):
         return
     classify = pipeline("text-classification", model=str(folder))
     for text, label, score in golden:
-        answer = classify(text)
-        answer = answer[0] if isinstance(answer, list) else answer
-        assert answer["label"] == label
+        found = classify(text)
+        found = found[0] if isinstance(found, list) else found
+        assert found["label"] == label
         # Another CPU may round an exp or a GELU otherwise; an 8-bit code next to a tie then moves by one step.
-        assert answer["score"] == pytest.approx(score, abs=2e-2)
+        assert found["score"] == pytest.approx(score, abs=2e-2)
 
 
 def test_saving_again_gives_the_same_bytes(folder, tmp_path):

@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--update", metavar="FILE.md", help="render this text's tables again, where they stand")
     table.add_argument("--figure", help="also draw the scores into this PNG")
     table.add_argument("--size-figure", help="also draw mean score against file size into this PNG")
+    table.add_argument("--work-figure", help="also draw mean score against multiply-adds into this PNG")
     return parser
 
 
@@ -311,6 +312,8 @@ def _table(arguments: argparse.Namespace) -> None:
         plot_results(results, arguments.figure)
     if arguments.size_figure:
         plot_sizes(results, arguments.size_figure)
+    if arguments.work_figure:
+        plot_sizes(results, arguments.work_figure, "multiply_adds")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from .losses import attention_scores_loss, hidden_states_loss, logits_loss, span
 
 LEARNED_STATE = ("_quantizer.step", "_quantizer.shift", "_quantizer.clip")
 """Ends of the names of what learned activation quantizers learn."""
+GHOST_STATE = (".ghost_kernel", ".ghost_scale")
+"""Ends of the names of the parameters of ghost features."""
 SCORES_ATTENTION = "qbert_scores"
 """Attention of `modeling_qbert` that returns pre-softmax scores, for its own models and for plain ones."""
 
@@ -35,6 +37,7 @@ class DistillationArguments(TrainingArguments):
         scale_refresh_steps: optimizer steps between two `update_scales` of a student with weight quantizer "lat".
         quantizer_learning_rate: learning rate of learned step sizes and clips, which have no weight decay; default
             that of the weights. BinaryBERT's code: 1e-4 on GLUE, 1e-3 on SQuAD.
+        ghost_learning_rate: learning rate of ghost features, without weight decay; default that of the weights.
     """
 
     logits_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the logits."})
@@ -44,6 +47,7 @@ class DistillationArguments(TrainingArguments):
     teacher_dropout: bool = field(default=False, metadata={"help": "Keep the teacher's dropout active."})
     scale_refresh_steps: int = field(default=1, metadata={"help": "Steps between updates of loss-aware scales."})
     quantizer_learning_rate: float | None = field(default=None, metadata={"help": "Rate of step sizes and clips."})
+    ghost_learning_rate: float | None = field(default=None, metadata={"help": "Rate of ghost features."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log non-finite losses as they are."})
 
     def __post_init__(self):
@@ -118,16 +122,18 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
             self.add_callback(_ScaleRefresh(self))
 
     def create_optimizer(self, *args: Any, **kwargs: Any):
-        """As `Trainer.create_optimizer`; learned step sizes and clips get a group of their own."""
+        """As `Trainer.create_optimizer`; learned step sizes and clips, and ghost features, get groups of their own."""
         created = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        learned = {id(p) for name, p in self.model.named_parameters() if name.endswith(LEARNED_STATE)}
-        if created and learned:
+        rates = {LEARNED_STATE: self.args.quantizer_learning_rate, GHOST_STATE: self.args.ghost_learning_rate}
+        for suffixes, rate in rates.items() if created else ():
+            learned = {id(p) for name, p in self.model.named_parameters() if name.endswith(suffixes)}
             own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in learned]
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in learned]
-            rate = self.args.quantizer_learning_rate or self.args.learning_rate
-            optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+            if own:
+                rate = rate or self.args.learning_rate
+                optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     def _calibrate(self) -> None:

@@ -8,11 +8,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ElectraConfig,
+    ElectraModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from modeling_qbert import get_model_class
 
 from .adaptive import budget_in_kib, choose_modules, measure_gains, split_costs
+from .distillation import GHOST_STATE
 from .heads import SEQUENCE_CLASSIFICATION, Head
 from .pruning import cut, head_and_neuron_importance, rewire
 from .recipe import Recipe, Stage
@@ -52,6 +64,61 @@ def resolve_model(name: str) -> str:
     return str(path)
 
 
+_SAME_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "type_vocab_size",
+    "initializer_range",
+    "layer_norm_eps",
+    "pad_token_id",
+)
+
+
+def change_architecture(source: str, architecture: str, folder: str | Path) -> str:
+    """Write the weights of a BERT and its tokenizer as a checkpoint of another architecture that computes the same
+    hidden states; what is not pre-trained there, pooler and head, stays out.
+
+    RoBERTa counts positions from the padding token: rows of zeros come first. ELECTRA's embeddings are as wide as its
+    hidden states here. Describe such a model as BERT's weights in that architecture, not as its pre-training.
+
+    Args:
+        source: folder or Hub id of a BERT.
+        architecture: "roberta" or "electra".
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: `source` is no BERT.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type != "bert":
+        raise ValueError(
+            f"{source}/config.json: field 'model_type' must be 'bert' to change, found {config.model_type!r}"
+        )
+    state = AutoModel.from_pretrained(source, dtype=torch.float32, add_pooling_layer=False).state_dict()
+    fields, positions = {name: getattr(config, name) for name in _SAME_FIELDS}, config.max_position_embeddings
+    if architecture == "roberta":
+        offset, name = config.pad_token_id + 1, "embeddings.position_embeddings.weight"
+        state[name] = torch.cat([torch.zeros(offset, config.hidden_size), state[name]])
+        model = RobertaModel(
+            RobertaConfig(**fields, max_position_embeddings=positions + offset), add_pooling_layer=False
+        )
+    else:
+        embeddings = {"embedding_size": config.hidden_size, "max_position_embeddings": positions}
+        model = ElectraModel(ElectraConfig(**fields, **embeddings))
+    model.load_state_dict(state)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
 def load_teacher(
     name: str, labels: dict | None = None, auto_class: type = AutoModelForSequenceClassification
 ) -> PreTrainedModel:
@@ -66,8 +133,9 @@ def student_config(recipe: Recipe, stage: Stage, teacher: str, labels: dict, hea
         raise ValueError(f"stages: split_megabytes measures gains on classified sentences, found a task of {head}")
     backbone = AutoConfig.from_pretrained(resolve_model(teacher)).model_type.removeprefix(f"{recipe.family}_")
     model_class = get_model_class(recipe.family, backbone, head)
+    ghost = stage.ghost.fields() if recipe.family == "ghost" else {}
     return model_class, model_class.config_class.from_pretrained(
-        resolve_model(teacher), **stage.quantization.fields(), **labels
+        resolve_model(teacher), **stage.quantization.fields(), **ghost, **labels
     )
 
 
@@ -186,5 +254,8 @@ def _pruned_student(
     for name, value in changed.items():
         setattr(config, name, value)
     model = model_class(config)
-    model.load_state_dict(state)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    lost = [name for name in missing if not name.endswith(GHOST_STATE)]
+    if lost or unexpected:
+        raise ValueError(f"init {stage.init!r} found {lost[:5]} missing and {unexpected[:5]} unexpected")
     return model

@@ -74,14 +74,20 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """The model to imitate: fine-tuned already, or a pre-trained backbone to be fine-tuned with `fine_tune` first."""
+    """The model to imitate: fine-tuned already, or a pre-trained backbone to be fine-tuned with `fine_tune` first.
+
+    `architecture` first puts the weights of a BERT into another one (see `initialization.change_architecture`).
+    """
 
     model: str
     fine_tune: dict[str, Any] | None = None
     seed: int = 42
+    architecture: Literal["roberta", "electra"] | None = None
 
     def __post_init__(self):
         _require(bool(self.model), "model", "a Hub id or a local folder", self.model)
+        needed = self.architecture is None or self.fine_tune is not None
+        _require(needed, "fine_tune", "training, its head is new in another architecture", self.fine_tune)
         _check_seed(self.seed)
         if self.fine_tune is not None:
             object.__setattr__(self, "fine_tune", _training_arguments(self.fine_tune, "fine_tune"))
@@ -113,6 +119,29 @@ class QuantizationSpec:
     def fields(self) -> dict[str, Any]:
         """What the student's config gets."""
         return {name: value for name, value in vars(self).items() if (name, value) != ("hidden_act", None)}
+
+
+@dataclass(frozen=True)
+class GhostSpec:
+    """The ghost fields of the student's config without `ghost_`, for family "ghost", same defaults.
+
+    `learning_rate` is that of kernels and factors, which have no weight decay; default that of the weights.
+    """
+
+    placement: Literal["both", "attention", "feed_forward", "none"] = "both"
+    features: int | None = None
+    kernel_size: int = 3
+    normalization: Literal["softmax", "none"] = "softmax"
+    activation: str = "relu"
+    learning_rate: float | None = None
+
+    def __post_init__(self):
+        rate = self.learning_rate
+        _require(rate is None or (math.isfinite(rate) and rate > 0), "learning_rate", "a finite number above 0", rate)
+
+    def fields(self) -> dict[str, Any]:
+        """What the student's config gets."""
+        return {f"ghost_{name}": value for name, value in vars(self).items() if name != "learning_rate"}
 
 
 @dataclass(frozen=True)
@@ -154,6 +183,7 @@ class Stage:
     widths: tuple[float, ...] = ()
     teacher: str | None = None
     quantization: QuantizationSpec = field(default_factory=QuantizationSpec)
+    ghost: GhostSpec = field(default_factory=GhostSpec)
     targets: Targets = field(default_factory=Targets)
     teacher_dropout: bool = False
     temperature: float = 1.0
@@ -216,6 +246,8 @@ class Recipe:
             _require(stage.teacher in known, f"stages.{index}.teacher", f"one of {known}", stage.teacher)
             rows = self.data.augmented
             _require(rows or not stage.augmented, f"stages.{index}.augmented", "data.augmented to be given", rows)
+            ghostly = self.family == "ghost" or stage.ghost == GhostSpec()
+            _require(ghostly, f"stages.{index}.ghost", "family 'ghost', or no such field", self.family)
         if self.last_stage is not None:
             _require(self.last_stage in names, "last_stage", f"one of {names}", self.last_stage)
             object.__setattr__(self, "stages", self.stages[: names.index(self.last_stage) + 1])
@@ -243,10 +275,18 @@ class Recipe:
             raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values of every field, in the order of the fields; `from_dict` gives an equal recipe back."""
+        """Plain values of every field, in the order of the fields; `from_dict` gives an equal recipe back.
+
+        Fields younger than the first results are left out where they say nothing: old recipes keep their fingerprint.
+        """
         values = dataclasses.asdict(self)
         lists = ("widths", "random_parts")
         values["stages"] = [{**stage, **{key: list(stage[key]) for key in lists}} for stage in values["stages"]]
+        if self.teacher.architecture is None:
+            del values["teacher"]["architecture"]
+        for stage in values["stages"]:
+            if self.family != "ghost":
+                del stage["ghost"]
         return values
 
     def to_yaml(self) -> str:

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-import modeling_qbert  # noqa: F401 (registers the packed families)
+from modeling_qbert import ghost_parameters, multiply_adds
 
 from .card import write_card
 from .checkpointing import AtomicCheckpointMixin, folder_lock, newest_complete_checkpoint
@@ -23,6 +23,7 @@ from .distillation import DistillationArguments, DistillationTrainer
 from .heads import HEADS, evaluate, evaluations
 from .initialization import (
     BUNDLED,
+    change_architecture,
     choose_ternary_modules,
     initial_student,
     load_teacher,
@@ -95,9 +96,10 @@ class _Run:
         self.labels = label_config(self.data)
         self.task = task_of(spec, self.data)
         self.head = HEADS[self.task.kind]
+        self.backbone = self._backbone(teachers)
         for stage in recipe.stages:  # fail before anything is trained
-            student_config(recipe, stage, recipe.teacher.model, self.labels, self.head.name)
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.teacher.model))
+            student_config(recipe, stage, self.backbone, self.labels, self.head.name)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.backbone)
         # Some checkpoints lack it, and an unbounded tokenizer then overflows the position table.
         self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, spec.max_length)
         self.train = self.head.encode(self.data[spec.train_split], self.tokenizer, spec)
@@ -132,12 +134,25 @@ class _Run:
             student = student.pack(self.recipe.packing)
         student.save_pretrained(packed_folder)
         self.tokenizer.save_pretrained(packed_folder)
-        return self._finish(stages, metrics, logits, packed_folder)
+        return self._finish(stages, student, metrics, logits, packed_folder)
+
+    def _backbone(self, teachers: Path) -> str:
+        """Where the teacher starts; in another architecture a checkpoint beside the teachers, shared between runs."""
+        spec = self.recipe.teacher
+        source = resolve_model(spec.model)
+        if spec.architecture is None:
+            return source
+        folder = teachers / f"{self.recipe.portable()['teacher']['model']}-as-{spec.architecture}"
+        with _wait_for_lock(folder):
+            if not (folder / DONE).exists():
+                change_architecture(source, spec.architecture, folder / "model")
+                _write_json(folder / DONE, {"source": spec.model})
+        return str(folder / "model")
 
     @property
     def teacher_path(self) -> str:
         if self.recipe.teacher.fine_tune is None:
-            return resolve_model(self.recipe.teacher.model)
+            return self.backbone
         return str(self.teacher_folder / "model")
 
     def _teacher(self) -> PreTrainedModel:
@@ -146,7 +161,7 @@ class _Run:
         with _wait_for_lock(self.teacher_folder):
             if spec.fine_tune is not None and not (self.teacher_folder / DONE).exists():
                 set_seed(spec.seed)
-                model = load_teacher(spec.model, self.labels, self.head.auto_class)
+                model = load_teacher(self.backbone, self.labels, self.head.auto_class)
                 trainer = FineTuningTrainer(
                     model=model,
                     args=TrainingArguments(**self._arguments(training_folder, spec.fine_tune, spec.seed)),
@@ -204,6 +219,7 @@ class _Run:
             temperature=stage.temperature,
             teacher_dropout=stage.teacher_dropout,
             quantizer_learning_rate=stage.quantizer_learning_rate,
+            ghost_learning_rate=stage.ghost.learning_rate,
             **training,
         )
         args.learning_rate *= stage.learning_rate_ratio
@@ -261,7 +277,12 @@ class _Run:
         return evaluate(model, self.tokenizer, self.head, self.evaluations)
 
     def _finish(
-        self, stages: list[dict], metrics: dict[str, float], logits: dict[str, np.ndarray], packed_folder: Path
+        self,
+        stages: list[dict],
+        student: PreTrainedModel,
+        metrics: dict[str, float],
+        logits: dict[str, np.ndarray],
+        packed_folder: Path,
     ) -> dict:
         recipe = self.recipe
         weights = packed_folder / "model.safetensors"
@@ -269,6 +290,7 @@ class _Run:
         difference = max(float(np.abs(packed_logits[split] - logits[split]).max()) for split in logits)
         if difference > 1e-4:
             raise RuntimeError(f"{weights}: packed logits differ from the fake-quant student's by {difference:.2e}")
+        architecture, teacher_name = recipe.teacher.architecture, recipe.portable()["teacher"]["model"]
         teacher_weights = Path(self.teacher_path) / "model.safetensors"
         results = {
             "schema": 1,
@@ -281,12 +303,14 @@ class _Run:
             "rows": len(self.data[self.split]),
             "main_metric": self.task.main_metric,
             "teacher": {
-                "model": recipe.portable()["teacher"]["model"],
+                "model": teacher_name if architecture is None else f"{teacher_name} as {architecture}",
                 "metrics": json.loads((self.teacher_folder / DONE).read_text())["metrics"],
                 "seed": recipe.teacher.seed,
                 "bytes": teacher_weights.stat().st_size,
             },
             "student": {"metrics": metrics},
+            "ghost_parameters": ghost_parameters(student.config),
+            "multiply_adds": multiply_adds(student.config),
             "packed": {
                 "metrics": packed_metrics,
                 "bytes": weights.stat().st_size,
@@ -301,6 +325,11 @@ class _Run:
         write_results(packed_folder / RESULTS_NAME, results)
         _write_json(packed_folder / "golden.json", self.head.golden(packed_folder, self.data[self.split]))
         *_, limitations = BUNDLED.get(recipe.teacher.model, ("",))
+        if architecture is not None:
+            limitations += (
+                f" Its weights are those of a BERT in the {architecture} architecture, where they compute the same: "
+                f"there was no {architecture} pre-training."
+            )
         base = recipe.teacher.model
         write_card(packed_folder, results, model_id=recipe.name, base_model=base, limitations=limitations)
         write_results(self.output / RESULTS_NAME, results)

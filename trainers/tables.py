@@ -409,32 +409,63 @@ def plot_results(results: Sequence[Mapping[str, Any]], path: str | Path) -> None
     _save_figure(draw, (max(4.0, width), 3.8 * math.ceil(len(grid.tasks) / columns)), path)
 
 
-def plot_sizes(results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Writes a PNG of score against file size: per variant the main metric x 100, mean over the tasks, and the MB of
-    the packed file. Variants that lack a task are left out: their mean would be of other tasks."""
+def _megabytes(run: Mapping[str, Any]) -> float:
+    return run["packed"]["bytes"] / 1e6
+
+
+def _million_multiply_adds(run: Mapping[str, Any]) -> float:
+    if "multiply_adds" not in run:
+        raise ValueError(f"{run['run']}: its results lack the field 'multiply_adds', run it again")
+    return sum(run["multiply_adds"].values()) / 1e6
+
+
+# Horizontal axis of `plot_sizes` -> (its label, a run's value)
+SIZE_AXES = {
+    "bytes": ("file, MB (10^6 bytes)", _megabytes),
+    "multiply_adds": ("multiply-adds of a sentence of 128 tokens, millions", _million_multiply_adds),
+}
+
+
+def plot_sizes(results: Sequence[Mapping[str, Any]], path: str | Path, axis_name: str = "bytes") -> None:
+    """Writes a PNG of score against size: per variant the main metric x 100, mean over the tasks, and the MB of the
+    packed file or, with `axis_name` "multiply_adds", the encoder's work. Variants that lack a task are left out: their
+    mean would be of other tasks. Variants named alike but for a number at the end ("ghost-0.25", "ghost-0.5") are
+    joined by a line. The teacher's work is not in the results: its score is a dotted line."""
     grid = _Grid(results)
+    label, size_of = SIZE_AXES[axis_name]
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
         teachers = [score for task in grid.tasks for scores in grid.teachers(task).values() for score in scores]
-        size = statistics.mean(run["teacher"]["bytes"] / 1e6 for task in grid.tasks for run in grid.column(task))
-        points = [("teacher", size, statistics.mean(teachers), "black")]
-        for index, variant in enumerate(grid.variants):
+        if axis_name == "bytes":
+            size = statistics.mean(run["teacher"]["bytes"] / 1e6 for task in grid.tasks for run in grid.column(task))
+            _point(axis, "teacher", size, statistics.mean(teachers), "black")
+        else:
+            axis.axhline(statistics.mean(teachers), color="black", linewidth=0.8, linestyle=":")
+        series: dict[str, list[tuple[float, float]]] = {}
+        for variant in grid.variants:
             cells = [grid.cells.get((task, variant), []) for task in grid.tasks]
             if all(cells):
                 score = statistics.mean(statistics.mean(main_score(run, "packed") for run in cell) for cell in cells)
-                size = statistics.mean(run["packed"]["bytes"] / 1e6 for cell in cells for run in cell)
-                points.append((variant, size, score, _COLOURS[index % len(_COLOURS)]))
-        for name, x, y, colour in points:
-            axis.plot([x], [y], "o", color=colour)
-            axis.annotate(_literal(name), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+                size = statistics.mean(size_of(run) for cell in cells for run in cell)
+                name = re.sub(r"-[\d.]+$", "", variant)
+                series.setdefault(name, []).append((size, score))
+                _point(axis, variant, size, score, _COLOURS[list(series).index(name) % len(_COLOURS)])
+        for index, points in enumerate(series.values()):
+            if len(points) > 1:
+                axis.plot(*zip(*sorted(points)), "-", color=_COLOURS[index % len(_COLOURS)], linewidth=1.0)
         axis.set_xscale("log")
         axis.margins(x=0.2, y=0.15)
-        axis.set_xlabel("file, MB (10^6 bytes)")
+        axis.set_xlabel(label)
         axis.set_ylabel(f"mean of {', '.join(task_label(task) for task in grid.tasks)}, x 100")
         axis.grid(alpha=0.3)
 
     _save_figure(draw, (7.0, 4.5), path)
+
+
+def _point(axis: Any, name: str, x: float, y: float, colour: str) -> None:
+    axis.plot([x], [y], "o", color=colour)
+    axis.annotate(_literal(name), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
 
 
 # What the Trainer logs beside scores at each evaluation.

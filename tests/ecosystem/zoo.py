@@ -17,5 +17,7 @@ EVERY_HEAD = [(family, backbone, head) for family, backbone in BACKBONES for hea
 def build(family: str, backbone: str, head: str = "sequence-classification", state: str = "latent", **fields):
     """Model with random weights; `state` is "latent" or "packed"."""
     kind = FAMILIES[family][backbone][head]
+    if kind.config_class.bits == "32-32-32":  # nothing to pack by default
+        fields = {"bits": "2-2-8"} | fields
     model = randomize(kind(kind.config_class(**{**ODD, **BACKBONE_SIZES.get(backbone, {}), **fields})))
     return model.pack() if state == "packed" else model

@@ -12,25 +12,29 @@ from modeling_qbert.layers import QuantLinear
 from modeling_qbert.modeling_ternary import HEADS
 
 
-SETTINGS = [
-    {"bits": bits, "activation_quantizer": activation, "weight_granularity": granularity}
-    for bits, activation, granularity in [
-        ("2-2-8", "asymmetric", "per_tensor"),
-        ("2-2-8", "symmetric", "per_group"),
-        ("2-2-4", "asymmetric", "per_row"),
-        ("8-8-4", "symmetric", "per_tensor"),
-        ("2-2-32", "symmetric", "per_row"),
-        ("32-32-32", "symmetric", "per_row"),
+SETTINGS = (
+    [
+        {"bits": bits, "activation_quantizer": activation, "weight_granularity": granularity}
+        for bits, activation, granularity in [
+            ("2-2-8", "asymmetric", "per_tensor"),
+            ("2-2-8", "symmetric", "per_group"),
+            ("2-2-4", "asymmetric", "per_row"),
+            ("8-8-4", "symmetric", "per_tensor"),
+            ("2-2-32", "symmetric", "per_row"),
+            ("32-32-32", "symmetric", "per_row"),
+        ]
     ]
-] + [
-    {"family": "binary", "bits": bits, "activation_quantizer": activation, "weight_granularity": granularity}
-    for bits, activation, granularity in [
-        ("1-1-8", "asymmetric", "per_tensor"),
-        ("1-1-4", "lsq", "per_row"),
-        ("1-1-8", "lsq", "per_tensor"),
-        ("1-1-8", "pact", "per_tensor"),
+    + [
+        {"family": "binary", "bits": bits, "activation_quantizer": activation, "weight_granularity": granularity}
+        for bits, activation, granularity in [
+            ("1-1-8", "asymmetric", "per_tensor"),
+            ("1-1-4", "lsq", "per_row"),
+            ("1-1-8", "lsq", "per_tensor"),
+            ("1-1-8", "pact", "per_tensor"),
+        ]
     ]
-]
+    + [{"family": "ghost", "bits": bits} for bits in ("32-32-32", "2-2-8")]
+)
 
 
 def logits(model, ids, mask=None):

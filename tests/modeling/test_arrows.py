@@ -12,9 +12,9 @@ ORDER = [
     {"quantizers", "packing"},
     {"ops"},
     {"checkpoint", "layers"},
-    {"attention", "configuration_qbert", "integration"},
+    {"attention", "configuration_qbert", "integration", "lora"},
     {"modeling_lowbit"},
-    {"report"} | {path.stem for path in MODELING.glob("modeling_*.py")} - {"modeling_lowbit"},
+    {"remote", "report"} | {path.stem for path in MODELING.glob("modeling_*.py")} - {"modeling_lowbit"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

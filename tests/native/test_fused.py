@@ -11,9 +11,9 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "modeling"))
 
-from tiny import EVERY_HEAD, inputs, latent  # noqa: E402
+from tiny import EVERY_HEAD, ODD, inputs, latent, randomize  # noqa: E402
 
-from modeling_qbert import fused  # noqa: E402
+from modeling_qbert import fused, get_model_class  # noqa: E402
 
 
 SETTINGS = {
@@ -60,6 +60,24 @@ def test_every_setting(level, backbone, setting, packing):
         pytest.skip("a layout of the file: the same for every path")
     model = latent(backbone, "base", **SETTINGS[setting]).pack(packing)
     assert_same(model, inputs())
+
+
+BINARY_SETTINGS = {
+    "W1A8": {"bits": "1-1-8"},
+    "W1A8, two planes": {"bits": "1-1-8", "planes": 2},
+    "W1A8, learned clips": {"bits": "1-1-8", "activation_quantizer": "pact"},
+    "W1A4, learned steps": {"bits": "1-1-4", "activation_quantizer": "lsq"},
+    "W1A4, ReLU, two planes": {"bits": "1-1-4", "activation_quantizer": "lsq", "planes": 2, "hidden_act": "relu"},
+}
+
+
+@pytest.mark.parametrize("setting", BINARY_SETTINGS)
+def test_binary(level, setting):  # noqa: ARG001
+    model_class = get_model_class("binary", "bert", "base")
+    model = randomize(model_class(model_class.config_class(**{**ODD, "group_size": 32, **BINARY_SETTINGS[setting]})))
+    given = inputs()
+    model.calibrate(**given)
+    assert_same(model.pack(), given)
 
 
 @pytest.mark.parametrize("backbone, head", EVERY_HEAD)

@@ -394,6 +394,25 @@ def test_sizes_are_drawn_for_variants_with_every_task(monkeypatch):
     assert points["whole"] == pytest.approx((6.1, 80.0)) and points["teacher"][0] == pytest.approx(90.9)
 
 
+def test_work_is_drawn_and_widths_are_joined(monkeypatch):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    monkeypatch.setattr(tables, "_save_figure", lambda draw, _size, _path: draw(figure))
+    runs = [
+        make_results("sst2", f"{name}-{width}", packed=score, multiply_adds={"backbone": width * 1e8, "ghosts": extra})
+        for name, extra, scores in (("ghost", 2e6, (0.8, 0.86)), ("pruned", 0, (0.7, 0.85)))
+        for width, score in zip((0.25, 0.5), scores)
+    ]
+    plot_sizes(runs, "unused.png", "multiply_adds")
+    (axis,) = figure.axes
+    assert [note.get_text() for note in axis.texts] == ["ghost-0.25", "ghost-0.5", "pruned-0.25", "pruned-0.5"]
+    lines = [line.get_xydata().flatten().tolist() for line in axis.lines if line.get_linestyle() == "-"]
+    assert lines == [pytest.approx([27, 80, 52, 86]), pytest.approx([25, 70, 50, 85])]
+    with pytest.raises(ValueError, match="lack the field 'multiply_adds'"):
+        plot_sizes([make_results()], "unused.png", "multiply_adds")
+
+
 def test_figures_are_png_and_leave_the_backend_alone(tmp_path):
     runs = [make_results(task, "a $\\x_", seed) for task in ("sst2", "mrpc", "rte") for seed in (1, 2)]
     plot_results(runs, tmp_path / "scores.png")

@@ -110,6 +110,8 @@ class Tester:
     def __init__(self, parent: unittest.TestCase, config_class: type, backbone: str):
         self.parent, self.config_class = parent, config_class
         self.fields = SIZES | BACKBONE_SIZES.get(backbone, {})
+        if config_class.bits == "32-32-32":  # nothing to pack by default
+            self.fields["bits"] = "2-2-8"
 
     def get_config(self):
         return self.config_class(**self.fields)

@@ -1,0 +1,127 @@
+"""GhostBERT (Huang et al., ACL 2021): features made from a network's own by cheap operations.
+
+The paper's code was never released; this is our reading of it. Y is what an output matrix of a layer gives, before
+dropout, residual and LayerNorm. With ghost features it becomes
+
+    Y + sum over f of s_f * phi(DWConv_f(Y)),    DWConv_f(Y)[i, c] = sum over t of p_fct * Y[i + t - k // 2, c],
+
+a depthwise convolution over the tokens whose k weights p_fc are a softmax, a non-linearity phi (ReLU), and a learned
+factor s_f that starts at 0: a checkpoint keeps its answers until the first step of training.
+
+After the attention, Y is the sum over the kept heads of H_h = context_h W_O^h (and the bias). A ghost feature has one
+kernel for all heads: a convolution is linear, sum_h DWConv_f(H_h) = DWConv_f(sum_h H_h), so no head's part is computed
+by itself. A kernel for every pair of ghost and head would add 4.4 % of multiply-adds to MiniLM with 6 of its 12 heads.
+Kept heads and ghost features together are as many as the unpruned heads. The feed-forward output is one feature and
+gets one ghost feature: as many as after the attention would add 4.4 % to MiniLM with 3 heads.
+
+Shapes: B batch, T tokens, C hidden, F ghost features, k kernel size.
+"""
+
+import threading
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import ACT2FN
+
+from .attention import MASKED
+from .checkpoint import CheckpointError
+from .modeling_lowbit import LowBitMixin
+
+
+PARAMETERS = (".ghost_kernel", ".ghost_scale")
+_running = threading.local()  # real_tokens of the layer that this thread is in
+
+
+class GhostFeatures(nn.Dropout):
+    """Adds ghost features to Y (B, T, C). It stands where the backbone has the dropout that follows Y.
+
+    Padding is zeroed before the convolution, and rows of the batch never meet: a token sees what it would see alone.
+    """
+
+    def __init__(self, p: float, features: int, channels: int, kernel_size: int, normalization: str, activation: str):
+        super().__init__(p)
+        self.kernel_size, self.normalization = kernel_size, normalization
+        self.activation = ACT2FN[activation]
+        self.ghost_kernel = nn.Parameter(torch.empty(features, channels, kernel_size))  # logits of the softmax
+        self.ghost_scale = nn.Parameter(torch.empty(features))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Kernels that differ (equal ones would stay equal) and factors of 0, at which the module changes nothing."""
+        self.ghost_kernel.normal_(std=1.0 if self.normalization == "softmax" else self.kernel_size**-0.5)
+        self.ghost_scale.zero_()
+
+    def kernels(self) -> Tensor:
+        """Weights (F, C, k) of the convolutions."""
+        return self.ghost_kernel.softmax(-1) if self.normalization == "softmax" else self.ghost_kernel
+
+    def forward(self, y: Tensor) -> Tensor:
+        real = getattr(_running, "real_tokens", None)
+        source = y if real is None else y.masked_fill(~real.to(y.device).unsqueeze(-1), 0)
+        weight = self.kernels().transpose(0, 1).reshape(-1, 1, self.kernel_size)  # (C * F, 1, k)
+        ghosts = functional.conv1d(
+            source.transpose(1, 2), weight.to(y.dtype), padding=self.kernel_size // 2, groups=y.shape[-1]
+        )
+        ghosts = self.activation(ghosts).unflatten(1, (y.shape[-1], -1))  # (B, C, F, T)
+        ghosts = (ghosts * self.ghost_scale.view(-1, 1)).sum(2)
+        return super().forward(y + ghosts.transpose(1, 2).to(y.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.normalization}, kernels={tuple(self.ghost_kernel.shape)}"
+
+
+def real_tokens(attention_mask: Tensor | None) -> Tensor | None:
+    """Boolean (B, T), tokens that some query may attend to, from the mask that an attention gets: None, (B, T), or
+    (B, heads or 1, T or 1, T), boolean or additive."""
+    if attention_mask is None or attention_mask.dim() == 2:
+        return None if attention_mask is None else attention_mask.bool()
+    seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > MASKED
+    return seen.any(-2).any(1)
+
+
+def share_real_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:  # noqa: ARG001
+    """Pre-forward hook of a layer's attention: tells the layer's ghost features which tokens are padding.
+
+    It runs inside the layer, so that gradient checkpointing runs it again, and tells this thread only, so that threads
+    may share a model.
+    """
+    _running.real_tokens = real_tokens(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+
+
+class GhostMixin(LowBitMixin):
+    """`LowBitMixin` with ghost features after the attention, the feed-forward network, both or neither.
+
+    Their kernels stay in full precision. A checkpoint without any starts them as new.
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        for layer in self.base_model.encoder.layer:
+            self._insert_ghosts(layer.attention.output, config.attention_ghosts)
+            self._insert_ghosts(layer.output, config.feed_forward_ghosts)
+            layer.attention.register_forward_pre_hook(share_real_tokens, with_kwargs=True)
+
+    def _insert_ghosts(self, output: nn.Module, features: int) -> None:
+        if features:
+            output.dropout = GhostFeatures(
+                output.dropout.p,
+                features,
+                self.config.hidden_size,
+                self.config.ghost_kernel_size,
+                self.config.ghost_normalization,
+                self.config.ghost_activation,
+            )
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        foreign = sorted(name for name in loading_info.unexpected_keys if name.endswith(PARAMETERS))
+        if foreign:
+            raise CheckpointError(f"{len(foreign)} tensors of ghost features that the config lacks: {foreign[:3]}")
+        ghosts = {name for name in self.state_dict() if name.endswith(PARAMETERS)}
+        if ghosts <= set(loading_info.missing_keys):
+            for module in self.modules():
+                if isinstance(module, GhostFeatures):
+                    module.reset()
+            loading_info.missing_keys = loading_info.missing_keys - ghosts
+        super()._adjust_missing_and_unexpected_keys(loading_info)
