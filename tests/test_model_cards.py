@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, pipeline
 
 import modeling_qbert
-from trainers.question_answering import answer
+from trainers.question_answering import answer as answer_question
 from trainers.recipe import DataSpec
 from trainers.results import read_results
 from trainers.run import evaluate_checkpoint
@@ -45,7 +45,7 @@ def test_pipeline_answers_as_recorded(folder):
         model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         unanswerable = read_results(folder / "results.json")["task"] == "squad_v2"
         for asked, text, probability in golden:
-            found = answer(model, tokenizer, **asked, unanswerable=unanswerable)
+            found = answer_question(model, tokenizer, **asked, unanswerable=unanswerable)
             assert (found["answer"], found["score"]) == (text, pytest.approx(probability, abs=2e-2))
         return
     classify = pipeline("text-classification", model=str(folder))

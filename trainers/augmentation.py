@@ -6,7 +6,8 @@ each such word is replaced with a fixed probability. Labels are kept, and so are
 
 Our readings: GloVe's vectors are replaced by the model's own word embeddings, a word of several pieces being their
 mean. Text between words stays as it is, and a candidate takes the capital letter of the word it replaces. Candidates
-are alphabetic. In pairs the other sentence is the original one; TinyBERT's code leaves it at its last variant.
+are alphabetic and no single letters. In pairs the other sentence is the original one; TinyBERT's code leaves it at its
+last variant.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class Proposals:
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str | None]:
-    """Piece id -> the alphabetic word that it is, None for all others."""
+    """Piece id -> the alphabetic word of two letters or more that it is, None for all others."""
     pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))]
     marked = sum(piece.startswith(_SPACE) for piece in pieces) > len(pieces) // 10
     special = set(tokenizer.all_special_tokens)
@@ -158,7 +159,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str | Non
     for index, piece in enumerate(pieces):
         begins = piece.startswith(_SPACE) if marked else not piece.startswith("##")
         word = piece.lstrip("".join(_SPACE)) if marked else piece
-        if begins and piece not in special and word.isalpha():
+        if begins and piece not in special and word.isalpha() and len(word) > 1:  # letters are pieces of anything
             words[index] = word
     return words
 

@@ -1,5 +1,6 @@
 """Question answering: SQuAD's scores by hand, windows that cover the context, spans, and a recipe from end to end."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -94,10 +95,10 @@ def test_windows_cover_the_context_in_steps(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
     context = "the man saw the red cat in the blue tower of 1871 . the dog built a bridge"
     rows = Dataset.from_list([row("who built the red bridge in 1912 ?", context, "the dog")])
-    cut = windows(rows, tokenizer, SPEC)
+    cut = windows(rows, tokenizer, dataclasses.replace(SPEC, doc_stride=5))
     words = context.split()
-    # 16 tokens: 3 special ones, 5 of the question, 8 of the context, which go on by 4.
-    expected = [words[0:8], words[4:12], words[8:16], words[12:]]
+    # 16 tokens: 3 special ones, 5 of the question, 8 of the context, which go on by 5.
+    expected = [words[0:8], words[5:13], words[10:]]
     assert set(cut.column_names) >= {"input_ids", "attention_mask", "token_type_ids", "row", "starts", "ends"}
     for window, part in zip(cut, expected, strict=True):
         assert len(window["input_ids"]) <= 16 and window["row"] == 0
@@ -107,9 +108,9 @@ def test_windows_cover_the_context_in_steps(tmp_path):
             window["starts"][:7] == [-1] * 7
             and tokenizer.decode(window["input_ids"][1:6]) == "who built the red bridge"
         )
-    # The answer is in the last two windows only.
+    # The answer is in the last window only.
     positions = list(zip(cut["start_positions"], cut["end_positions"]))
-    assert positions[:2] == [(0, 0), (0, 0)] and positions[2] == (12, 13) and positions[3] == (8, 9)
+    assert positions == [(0, 0), (0, 0), (10, 11)]
     assert set(model_inputs(rows, tokenizer, SPEC).column_names) == {
         "input_ids", "attention_mask", "token_type_ids", "start_positions", "end_positions",
     }  # fmt: skip

@@ -427,3 +427,54 @@ def test_figures_are_png_and_leave_the_backend_alone(tmp_path):
     with pytest.raises(ValueError, match="log history"):
         plot_training([], tmp_path / "none.png")
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+# Rows as the papers' repositories print them: MNLI-m, -mm, QQP, QNLI, SST-2, CoLA, STS-B, MRPC, RTE.
+PRINTED = {
+    "BinaryBERT's teacher": ([84.9, 85.5, 91.4, 92.1, 93.2, 59.7, 90.1, 86.3, 72.2], 83.9, None),
+    "BWN 1-1-8": ([84.2, 84.0, 91.1, 90.7, 92.3, 46.7, 86.8, 82.6, 68.6], 80.8, None),
+    "TWS 1-1-8": ([84.2, 84.7, 91.2, 91.5, 92.6, 53.4, 88.6, 85.5, 72.2], 82.7, None),
+    "TWS 1-1-8, augmented": ([84.2, 84.7, 91.2, 91.6, 93.2, 55.5, 89.2, 86.0, 74.0], 83.3, None),
+    "BWN 1-1-4": ([83.5, 83.4, 90.9, 90.7, 92.3, 34.8, 84.9, 79.9, 65.3], 78.4, None),
+    "BiT 1-1-1": ([79.5, 79.4, 85.4, 86.4, 89.9, 32.9, 72.0, 79.9, 62.1], 74.2, 73.5),
+    "BiT 1-1-1, augmented": ([79.5, 79.4, 85.4, 86.5, 92.3, 38.2, 84.2, 88.0, 69.7], 78.1, 78.0),
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_averages_are_those_that_the_papers_print(name):
+    scores, nine, eight = PRINTED[name]
+    found = tables.glue_averages(dict(zip(tables.GLUE_COLUMNS, scores, strict=True)))
+    assert round(found[0], 1) == nine
+    if eight is not None:
+        assert found[1] == pytest.approx(eight, abs=0.051)
+    with pytest.raises(ValueError, match="averages over GLUE: missing .*'rte', 'accuracy'"):
+        tables.glue_averages(dict(zip(tables.GLUE_COLUMNS[:-1], scores)))
+
+
+def test_every_metric_is_shown_and_the_averages_where_all_tasks_are_there():
+    runs = []
+    for (task, metric), score in zip(tables.GLUE_COLUMNS, PRINTED["BiT 1-1-1"][0], strict=True):
+        if metric == "accuracy_mismatched":
+            runs[-1]["packed"]["metrics"] |= {metric: score / 100}
+            continue
+        metrics = {metric: score / 100} | ({"f1": 0.5} if task in ("mrpc", "qqp") else {})
+        run = make_results(task=task, main_metric=metric)
+        run["packed"]["metrics"], run["teacher"]["metrics"] = metrics, {metric: 0.9}
+        runs.append(run)
+    lines = tables.render_metrics(runs).splitlines()
+    both = "(accuracy / accuracy mismatched) | QQP (accuracy / f1) | MRPC (accuracy / f1)"
+    assert lines[0] == f"|  | MNLI {both} | GLUE, 9 / 8 columns |"
+    assert lines[2] == "| twn | 79.50 / 79.40 | 85.40 / 50.00 | 79.90 / 50.00 | 74.17 / 73.51 |"
+    assert "GLUE" not in tables.render_metrics(runs[1:]).splitlines()[0]
+    assert tables.render_metrics([make_results()]) == ""
+
+
+def test_squad_is_measured_against_its_own_dev_split():
+    run = make_results(task="squad", main_metric="f1")
+    for part in ("teacher", "student", "packed"):
+        run[part]["metrics"] = {"f1": 0.8 if part == "teacher" else 0.79, "exact_match": 0.7}
+    assert published_drop(run) == pytest.approx(88.7 - 87.4)
+    table = render_table([run])
+    assert "SQuAD v1.1 (f1)" in table and "BERT-base, SQuAD dev, at the same bits" in table
+    assert "BERT-base, GLUE dev, at the same bits" in render_table([make_results()])
