@@ -39,8 +39,9 @@ class _Engine:
     """The native encoder of one backbone and the tensors it was made of."""
 
     def __init__(self, model: nn.Module):
-        self.guards, self.hooks = [], []
+        self.guards, self.hooks, self.children = [], [], []
         for module in model.modules():
+            self.children.append((module._modules, dict(module._modules)))
             if module is not model:
                 self.hooks.append((module._forward_hooks, module._forward_pre_hooks))
             for store in (module._parameters, module._buffers):
@@ -56,7 +57,9 @@ class _Engine:
         return _nothing, ()
 
     def is_stale(self) -> bool:
-        """Whether a tensor was replaced or written to since."""
+        """Whether a tensor or a module was replaced since, as by an adapter, or a tensor written to."""
+        if any(now != before for now, before in self.children):
+            return True
         return any(
             store.get(name) is not tensor or _version(tensor) != version
             for store, name, tensor, version in self.guards
@@ -75,8 +78,9 @@ def _nothing() -> None:
     return None
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Changes with every write, and where `.data` is replaced, as a cast of the model does."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def fused(forward: Callable) -> Callable:
@@ -231,6 +235,9 @@ def _layer_weights(layer: nn.Module) -> "LayerWeights":
     if type(act) not in (FixedGELU, nn.ReLU):
         raise _NotFusedError(f"the engine has no {type(act).__name__}")
     linears = [layer.attention.output.dense, layer.intermediate.dense, layer.output.dense]
+    for linear in (attention.query, attention.key, attention.value, *linears):
+        if not isinstance(linear, PackedLinear):  # an adapter around it
+            raise _NotFusedError(f"the engine has no {type(linear).__name__}")
     return LayerWeights(
         [_place(name, quantizer) for name, quantizer in _quantizers(attention, linears)],
         _weight([attention.query, attention.key, attention.value]),

@@ -10,10 +10,12 @@ MODELING = Path(modeling_qbert.__file__).parent
 ROOT = MODELING.parent
 ORDER = [
     {"quantizers", "packing"},
+    {"native"},
     {"ops"},
     {"checkpoint", "layers"},
-    {"attention", "configuration_qbert", "integration", "lora"},
+    {"attention", "configuration_qbert", "integration", "lora", "fused"},
     {"modeling_lowbit"},
+    {"ghost"},
     {"remote", "report"} | {path.stem for path in MODELING.glob("modeling_*.py")} - {"modeling_lowbit"},
     {"__init__"},
 ]
@@ -45,7 +47,7 @@ def test_siblings_are_imported_by_name_and_in_order():
             if path.stem == "__init__" and not module:  # never copied
                 continue
             assert level == 1 and module in RANK, (path.name, module, names)
-            assert RANK[module] < RANK[path.stem] or {module, path.stem} <= ORDER[3], (path.name, module)
+            assert RANK[module] < RANK[path.stem] or {module, path.stem} <= ORDER[4], (path.name, module)
             seen += 1
     assert seen > 20
 
@@ -79,7 +81,7 @@ def test_trainers_use_public_names_only():
 def test_public_names_exist():
     assert len(set(modeling_qbert.__all__)) == len(modeling_qbert.__all__)
     for name in modeling_qbert.__all__:
-        assert getattr(modeling_qbert, name).__doc__ or name.startswith(("Ternary", "Binary")), name
+        assert getattr(modeling_qbert, name).__doc__ or name.startswith(("Ternary", "Binary", "Ghost")), name
 
 
 def test_no_pickle():

@@ -221,9 +221,9 @@ def test_scales_of_twn_follow_the_weights_alone():
     "fields, text",
     [
         ({"bits": "2-2"}, "bits"),
-        ({"bits": "3-2-8"}, "weights must have one of"),
-        ({"bits": "2-4-8"}, "embedding must have one of"),
-        ({"bits": "2-2-2"}, "activations must have one of"),
+        ({"bits": "5-2-8"}, "weights must have one of"),
+        ({"bits": "2-5-8"}, "embedding must have one of"),
+        ({"bits": "2-2-3"}, "activations must have one of"),
         ({"bits": "32-2-8"}, "need quantized weights"),
         ({"bits": 2}, "bits"),
         ({"weight_quantizer": "bwn"}, "weight_quantizer"),

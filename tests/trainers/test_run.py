@@ -152,7 +152,7 @@ def test_a_folder_keeps_to_its_recipe(finished, workplace):
 
 def test_a_bad_student_fails_before_the_teacher_is_trained(workplace, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "FineTuningTrainer", lambda **_: pytest.fail("a teacher was trained"))
-    recipe = make_recipe(workplace, stages=[{"quantization": {"bits": "3-2-8"}}])
+    recipe = make_recipe(workplace, stages=[{"quantization": {"bits": "5-2-8"}}])
     with pytest.raises(ValueError, match="bits"):
         run_recipe(recipe, tmp_path / "run")
 
