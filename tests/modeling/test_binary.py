@@ -243,8 +243,8 @@ def test_settings_that_make_no_sense(fields, message):
 @pytest.mark.parametrize(
     "fields, limit",
     [
-        ({}, 15_890_000),
-        ({"position_bits": 8}, 14_710_000),
+        pytest.param({}, 15_800_000, marks=pytest.mark.xfail(strict=True, reason="15.88 MB, 66 kB of them header")),
+        pytest.param({"position_bits": 8}, 14_700_000, marks=pytest.mark.xfail(strict=True, reason="14.71 MB")),
         ({"planes": 2, "num_attention_heads": 6, "head_dim": 64, "intermediate_size": 1536}, 18_900_000),
         (
             {"planes": 2, "num_attention_heads": 6, "head_dim": 64, "intermediate_size": 1536, "position_bits": 8},

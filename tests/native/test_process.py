@@ -77,13 +77,14 @@ def _tasks() -> int:
 def test_threads_follow_torch():
     model, given = latent("bert", "base").pack(), inputs(batch=3, tokens=30)
     workers = {}
-    for threads in (1, 4, 2, 1, 4, 4):
+    for threads in (1, 4, 2, 1, 4):
         torch.set_num_threads(threads)
+        torch.ones(1 << 20).exp()  # torch's own pool grows now, and is not counted
         before = _tasks()
         answer(model, given)
         workers.setdefault(threads, []).append(_tasks() - before)
     assert max(workers[1] + workers[2]) <= 0  # other tests' threads may end meanwhile
-    assert workers[4][-1] <= 0  # torch's own pool grows beside the engine's, but nothing grows twice
+    assert workers[4][0] <= 3 and workers[4][1] <= 0
 
 
 def _answer_in(folder: pathlib.Path, **environment: str) -> tuple[str, str]:
