@@ -94,7 +94,12 @@ def quantized_attention(
     return context.transpose(1, 2).contiguous(), scores if return_scores else probabilities
 
 
-AttentionInterface.register("qbert", quantized_attention)
-AttentionInterface.register("qbert_scores", partial(quantized_attention, return_scores=True))
+def _attention(module: nn.Module, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    """The module's own function: checkpoints may bring copies of this code, each with quantizer classes of its own."""
+    return getattr(module, "quantized_attention", quantized_attention)(module, *args, **kwargs)
+
+
+AttentionInterface.register("qbert", _attention)
+AttentionInterface.register("qbert_scores", partial(_attention, return_scores=True))
 for _name in ("qbert", "qbert_scores"):  # without its mask function padding would silently be attended to
     AttentionMaskInterface.register(_name, eager_mask)

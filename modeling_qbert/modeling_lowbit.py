@@ -20,7 +20,7 @@ from transformers.models.electra.modeling_electra import (
 )
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead, RobertaLayer, RobertaPooler
 
-from .attention import quantized_attention  # noqa: F401 (registers the attention functions)
+from .attention import quantized_attention
 from .checkpoint import WEIGHTS_FILE, CheckpointError, ShapeError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import LowBitConfig, low_bit_fields
 from .fused import fuse_backbone, fused_forward_of
@@ -177,6 +177,9 @@ class LowBitMixin:
             owner.position_embeddings = QuantEmbedding(owner.position_embeddings, config.position_spec)
         if config.bit_widths[2] != 32:
             self._fix_float_steps()
+            for layer in self.modules():
+                if isinstance(layer, _ENCODER_LAYERS):
+                    layer.attention.self.quantized_attention = quantized_attention
         self.base_model.register_forward_pre_hook(check_inputs, with_kwargs=True)
         if config.bit_widths[2] != 32 and (
             config.activation_granularity == "per_tensor" or config.activation_quantizer == "lsq"

@@ -97,10 +97,11 @@ def test_a_copy_of_the_code_leaves_the_package_in_charge(tmp_path, monkeypatch):
     """Remote code in a process that also has the package: each model keeps to its own classes, in any order."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    model, given = build("ternary", "bert", state="packed"), inputs()
-    folder = save(model, tmp_path / "saved")
+    model, given = build("binary", "bert", activation_quantizer="lsq"), inputs()
+    model.calibrate(**given)
+    folder = save(model.pack(), tmp_path / "saved")
     remote = transformers.dynamic_module_utils.get_class_from_dynamic_module(
-        "modeling_ternary.TernaryBertForSequenceClassification", str(folder)
+        "modeling_binary.BinaryBertForSequenceClassification", str(folder)
     )
     assert remote is not type(model) and remote.__module__.startswith("transformers_modules.")
     for kind in (remote, type(model), remote):
