@@ -130,7 +130,7 @@ class OnnxEmbedding(nn.Module):
             weight = weight[..., : self.columns].contiguous().view(torch.int8)
         planes = layer.spec.planes
         self.register_buffer("weight", weight.reshape(planes, self.num_embeddings, -1))
-        self.register_buffer("scale", layer.weight_scale.reshape(planes, -1, layer.weight_scale.shape[-1]))
+        self.register_buffer("scale", layer.weight_scale.float().reshape(planes, -1, layer.weight_scale.shape[-1]))
         self.register_buffer("table", None if layer.packing == "int8" else CODE_TABLES[layer.packing].float())
 
     def _look_up(self, input_ids: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -245,12 +245,16 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike) -> dict[str, An
     proto.graph.ClearField("value_info")
     proto.ClearField("metadata_props")
     proto.producer_name = PRODUCER
-    onnx.helper.set_model_props(proto, {"architecture": type(model).__name__, "config": packed.config.to_json_string()})
+    onnx.helper.set_model_props(
+        proto, {"architecture": type(model).__name__, "config": packed.config.to_json_string()}
+    )
     content = proto.SerializeToString(deterministic=True)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     difference = max(_difference(packed, session, shape) for shape in ((1, 1), (2, 9), (3, 33)))
     if not difference <= TOLERANCE:
-        raise RuntimeError(f"{file}: ONNX Runtime's answers differ by {difference:.2g}, at most {TOLERANCE} is allowed")
+        raise RuntimeError(
+            f"{file}: ONNX Runtime's answers differ by {difference:.2g}, at most {TOLERANCE} is allowed"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     staging = file.with_name(f".{file.name}.{os.getpid()}")
     try:

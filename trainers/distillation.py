@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 import modeling_qbert  # noqa: F401  registers the attention that returns scores
 
 from .checkpointing import AtomicCheckpointMixin
-from .losses import attention_scores_loss, hidden_states_loss, logits_loss, span_logits_loss
+from .losses import attention_scores_loss, embeddings_loss, hidden_states_loss, logits_loss, span_logits_loss
 
 
 LEARNED_STATE = ("_quantizer.step", "_quantizer.shift", "_quantizer.clip")
@@ -32,6 +32,7 @@ class DistillationArguments(TrainingArguments):
         logits_weight: weight of the soft cross-entropy (regression: squared error) on the logits.
         hidden_states_weight: weight of the squared error on the embedding output and every layer's output.
         attention_scores_weight: weight of the squared error on every layer's pre-softmax attention scores.
+        embeddings_weight: weight of one minus the cosine between the mean-pooled last hidden states.
         temperature: divides the logits of both models before the softmax.
         teacher_dropout: run the teacher in training mode. BinaryBERT and BiT do so on GLUE, TernaryBERT does not.
         scale_refresh_steps: optimizer steps between two `update_scales` of a student with weight quantizer "lat".
@@ -43,6 +44,7 @@ class DistillationArguments(TrainingArguments):
     logits_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the logits."})
     hidden_states_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the hidden states."})
     attention_scores_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on attention scores."})
+    embeddings_weight: float = field(default=0.0, metadata={"help": "Weight of the loss on sentence embeddings."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the softmax over the logits."})
     teacher_dropout: bool = field(default=False, metadata={"help": "Keep the teacher's dropout active."})
     scale_refresh_steps: int = field(default=1, metadata={"help": "Steps between updates of loss-aware scales."})
@@ -70,6 +72,7 @@ class DistillationArguments(TrainingArguments):
             "logits": self.logits_weight,
             "hidden_states": self.hidden_states_weight,
             "attention_scores": self.attention_scores_weight,
+            "embeddings": self.embeddings_weight,
         }
 
 
@@ -82,7 +85,8 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
     distributed data parallel runs give the gradients of one big batch, however it is padded.
 
     Logs, beside the Trainer's `loss`, each term without its weight: `loss_logits`, `loss_hidden_states`,
-    `loss_attention_scores`. A non-finite term or gradient norm raises `FloatingPointError` before the optimizer step.
+    `loss_attention_scores`, `loss_embeddings`. A non-finite term or gradient norm raises `FloatingPointError` before
+    the optimizer step.
 
     Args:
         model: the student. A `transformers.PreTrainedModel` with a task head.
@@ -196,7 +200,7 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
         features = {name: value for name, value in inputs.items() if name not in self.label_names}
         counts = self._per_process(_count_items(inputs)) if num_items_in_batch is None else num_items_in_batch
         capture = {
-            "output_hidden_states": "hidden_states" in self._targets,
+            "output_hidden_states": bool({"hidden_states", "embeddings"} & set(self._targets)),
             "output_attentions": "attention_scores" in self._targets,
             "return_dict": True,
         }
@@ -244,6 +248,10 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
             _check_captured("attention_scores", layers, student.attentions, teacher.attentions)
             terms["attention_scores"] = attention_scores_loss(
                 student.attentions, teacher.attentions, mask, count=pairs
+            )
+        if "embeddings" in self._targets:
+            terms["embeddings"] = embeddings_loss(
+                student.hidden_states[-1], teacher.hidden_states[-1], mask, count=sequences
             )
         return terms
 
@@ -325,11 +333,15 @@ def _check_fit(student: PreTrainedModel, teacher: PreTrainedModel, targets: Mapp
         raise ValueError("teacher and student are the same object: the student would learn from itself")
     fields = ["vocab_size"]
     if "logits" in targets:
+        if student.base_model is student:
+            raise ValueError("logits: the student is a backbone without a head; set logits_weight to 0")
         fields.append("num_labels")
         if "multi_label_classification" in (student.config.problem_type, teacher.config.problem_type):
             raise ValueError('logits: problem_type "multi_label_classification" has no single softmax to distil')
     if "hidden_states" in targets:
         fields += ["num_hidden_layers", "hidden_size"]
+    if "embeddings" in targets:
+        fields.append("hidden_size")
     if "attention_scores" in targets:
         fields += ["num_hidden_layers", "num_attention_heads"]
     for name in dict.fromkeys(fields):

@@ -117,6 +117,27 @@ def hidden_states_loss(
     return total / (_count(count, items) * features)
 
 
+def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean over the real tokens of hidden states (B, T, C): (B, C), how sentence-transformers pools by default."""
+    real = attention_mask.bool()[..., None]
+    return hidden.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)
+
+
+def embeddings_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor, *, count: Count = None) -> Tensor:
+    """One minus the cosine between the mean-pooled sentence embeddings, mean over sequences.
+
+    Args:
+        student, teacher: the last hidden states (B, T, C).
+        attention_mask: (B, T), non-zero for real tokens.
+        count: sequences.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    student, teacher = (mean_pool(hidden, attention_mask) for hidden in _pair("embeddings", student, teacher))
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).sum() / _count(count, len(student))
+
+
 def attention_scores_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor | None = None, *, count: Count = None
 ) -> Tensor:

@@ -42,7 +42,7 @@ def score(task: str | Task, predictions: Sequence | np.ndarray, references: Sequ
     for name, values in (("predictions", predictions), ("references", references)):
         if not np.isfinite(values).all():
             raise ValueError(f"{name}: expected finite numbers, found {(~np.isfinite(values)).sum()} that are not")
-    if task.kind == "regression":
+    if task.label_names is None:
         scores = _correlations(predictions, references)
     else:
         scores = {name: _classification(name, task, predictions, references) for name in task.metrics}

@@ -26,7 +26,7 @@ import yaml
 
 
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_GAINED = ("doc_stride", "max_query_length", "null_threshold", "augmented")  # fields of data or a stage
+_GAINED = ("doc_stride", "max_query_length", "null_threshold", "augmented", "embeddings")  # fields of data or a stage
 RUNNER_FIELDS = ("output_dir", "seed")  # TrainingArguments fields the runner sets itself
 
 
@@ -146,11 +146,13 @@ class GhostSpec:
 
 @dataclass(frozen=True)
 class Targets:
-    """Weights of the distillation terms; 0 switches a term off."""
+    """Weights of the distillation terms; 0 switches a term off. `embeddings` compares the mean-pooled last hidden
+    states by their cosine."""
 
     logits: float = 1.0
     hidden_states: float = 1.0
     attention_scores: float = 1.0
+    embeddings: float = 0.0
 
     def __post_init__(self):
         weights = dataclasses.asdict(self)
@@ -298,7 +300,8 @@ class Recipe:
         and without fields that recipes gained after first results, where they are not used: fingerprints stay."""
         values = self.to_dict()
         del values["data"]["path"], values["data"]["augmented"]
-        for node in (values["data"], *values["stages"]):
+        targets = [stage["targets"] for stage in values["stages"]]
+        for node in (values["data"], *values["stages"], *targets):
             for name in _GAINED:
                 if not node.get(name, True):
                     del node[name]

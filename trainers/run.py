@@ -93,9 +93,9 @@ class _Run:
         self.environment = environment()  # the commit that trains, whatever is checked out meanwhile
         spec = recipe.data
         self.data = load_data(spec)
-        self.labels = label_config(self.data)
         self.task = task_of(spec, self.data)
         self.head = HEADS[self.task.kind]
+        self.labels = {} if self.task.kind == "embedding" else label_config(self.data)
         self.backbone = self._backbone(teachers)
         for stage in recipe.stages:  # fail before anything is trained
             student_config(recipe, stage, self.backbone, self.labels, self.head.name)
@@ -216,6 +216,7 @@ class _Run:
             logits_weight=stage.targets.logits,
             hidden_states_weight=stage.targets.hidden_states,
             attention_scores_weight=stage.targets.attention_scores,
+            embeddings_weight=stage.targets.embeddings,
             temperature=stage.temperature,
             teacher_dropout=stage.teacher_dropout,
             quantizer_learning_rate=stage.quantizer_learning_rate,
@@ -243,7 +244,9 @@ class _Run:
             "report_to": "none",
             "save_total_limit": 2,
             "save_strategy": "epoch",
-            "eval_strategy": "epoch",
+            "eval_strategy": "no"
+            if self.task.kind == "embedding"
+            else "epoch",  # the Trainer has no labels to compare
             "use_cpu": not torch.cuda.is_available(),  # bf16 on a CPU must be asked for by name
         }
         return defaults | training | {"output_dir": str(folder), "seed": seed}

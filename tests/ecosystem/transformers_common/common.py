@@ -130,6 +130,9 @@ class LowBitModelTest(ModelTesterMixin, TrainingTesterMixin):
 
     model_tester = None  # of each test: setUp
     training_overfit_seq_length = 32  # RoBERTa has two positions less than its table
+    training_overfit_steps = 400
+    # Codes jump: a straight-through gradient does not vanish where the loss is least. The loss itself falls by 90 %.
+    training_grad_norm_reduction_threshold = 0.4
 
     family = backbone = state = ""
     test_resize_embeddings = True
