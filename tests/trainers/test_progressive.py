@@ -54,6 +54,8 @@ def test_bits_go_down_and_activations_come_last():
         inits = [stage.init for stage in recipe.stages]
         assert inits == ["teacher"] + ["previous"] * (len(inits) - 1)
         assert all(stage.quantization.planes == 1 for stage in recipe.stages)
+        for (weight, *_), stage in zip(widths, recipe.stages, strict=True):
+            assert stage.quantization.weight_granularity == ("per_row" if weight > 2 else "per_tensor")
         if "direct" in run or len(recipe.stages) == 1 or "w2a8-w1a8" in run:
             continue
         weights = [weight for weight, _, _ in widths]
