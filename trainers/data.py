@@ -368,7 +368,7 @@ def _read(spec: DataSpec, task: Task | None, split: str, one_file_ok: bool) -> t
                 f"data.path: expected a folder with one file per split ({spec.train_split}, {spec.eval_split}), "
                 f"found the single file {path}"
             )
-        source = str(path if path.is_file() else _find_file(path, (task and task.name) or spec.task, split))
+        source = str(path if path.is_file() else _find_file(path, (spec.task, task and task.name), split))
         dataset = _read_file(Path(source))
     else:
         if not HUB_ID.fullmatch(spec.path) or path.suffix.removeprefix(".") in READERS:
@@ -393,8 +393,8 @@ def _read(spec: DataSpec, task: Task | None, split: str, one_file_ok: bool) -> t
     return source, dataset
 
 
-def _find_file(folder: Path, task: str | None, split: str) -> Path:
-    folders = [folder] + ([folder / task] if task else [])
+def _find_file(folder: Path, names: Sequence[str | None], split: str) -> Path:
+    folders = [folder, *(folder / name for name in dict.fromkeys(names) if name)]
     candidates = [parent / f"{split}.{suffix}" for parent in folders for suffix in READERS]
     found = [candidate for candidate in candidates if candidate.is_file()]
     if len(found) == 1:
