@@ -9,8 +9,8 @@ import transformers
 COUNTS = Path(__file__).with_name("COUNTS.md")
 OUTCOMES = ("passed", "failed", "skipped")
 HEAD = (
-    "Transformers' own model tests, by `make hf-tests`, which writes this file. Reasons of skips: `-rs`, and `SKIPS` in "
-    "common.py; most are for what an encoder lacks (RoPE, experts, generation) or this machine (accelerators).\n\n"
+    "Transformers' own model tests, by `make hf-tests`, which writes this file. Reasons of skips: `-rs`, and `SKIPS` "
+    "in common.py; most are for what an encoder lacks (RoPE, experts, generation) or a machine (accelerators).\n\n"
     "| family, backbone, state | passed | failed | skipped | transformers |\n|---|---|---|---|---|\n"
 )
 
