@@ -17,6 +17,8 @@ Shapes: B batch, T tokens, O out rows, I in columns, K blocks of a row.
 
 import copy
 import os
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from .layers import PackedEmbedding, PackedLinear, WeightSpec, quantize_signed
 from .lora import refuse_adapters
 from .ops import add_products, scaled_code_sums
 from .packing import CODE_TABLES
-from .quantizers import Quantized
+from .quantizers import ActivationQuantizer, PactQuantizer, Quantized
 
 
 OPSET = 20  # what torch.onnx.export of torch 2.10 to 2.13 writes unasked
@@ -147,6 +149,13 @@ class OnnxEmbedding(nn.Module):
         return sum(self._look_up(input_ids, *plane) for plane in zip(self.weight, self.scale))
 
 
+def _quantize_clipped(
+    dynamic: ActivationQuantizer, low: float, high: float, x: Tensor, valid: Tensor | None = None, dims=(-1,)
+) -> tuple[Tensor, Quantized]:
+    """`PactQuantizer.quantize` with constant clips: of learned ones onnxscript 0.7 writes an invalid graph."""
+    return dynamic.quantize(x.float().clamp(low, high), valid, dims)
+
+
 @torch.no_grad()
 def onnx_operators(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a low-bit model to give to an exporter: `torch.onnx.export` or `transformers.exporters.OnnxExporter`.
@@ -168,6 +177,8 @@ def onnx_operators(model: PreTrainedModel) -> PreTrainedModel:
     model = (copy.deepcopy(model) if model.is_packed else model.pack()).eval()
     shared: dict[tuple[int, ...], Tensor] = {}  # one table of ones for all layers of a shape
     for name, module in list(model.named_modules()):
+        if isinstance(module, PactQuantizer):
+            module.quantize = partial(_quantize_clipped, module.dynamic, *module.clip.tolist())
         if isinstance(module, PackedLinear):
             layer = OnnxLinear(module, name)
             for plane in layer.planes:
@@ -223,19 +234,21 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike) -> dict[str, An
     outputs = list(packed(**inputs, return_dict=True))
     names = ("batch", "tokens") if inputs["input_ids"].dim() == 2 else ("batch", "choices", "tokens")
     sizes = {index: torch.export.Dim(name, min=1) for index, name in enumerate(names)}
-    program = torch.onnx.export(
-        onnx_operators(packed),
-        (),
-        kwargs=inputs,
-        input_names=list(inputs),
-        output_names=outputs,
-        dynamic_shapes=dict.fromkeys(inputs, sizes),
-        opset_version=OPSET,
-        dynamo=True,
-        optimize=True,
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():  # of axes that share a name, as they should
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            onnx_operators(packed),
+            (),
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=dict.fromkeys(inputs, sizes),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=True,
+            external_data=False,
+            verbose=False,
+        )
     proto = program.model_proto
     for node in proto.graph.node:  # traces of the export: half a file
         node.ClearField("metadata_props")
