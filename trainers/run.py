@@ -218,6 +218,7 @@ class _Run:
             hidden_states_weight=stage.targets.hidden_states,
             attention_scores_weight=stage.targets.attention_scores,
             embeddings_weight=stage.targets.embeddings,
+            labels_weight=stage.targets.labels,
             temperature=stage.temperature,
             teacher_dropout=stage.teacher_dropout,
             quantizer_learning_rate=stage.quantizer_learning_rate,
