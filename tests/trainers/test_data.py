@@ -63,7 +63,7 @@ def rows(task) -> dict:
         return {"id": list("0123"), "context": list("wxyz"), "question": list("abcd"), "answers": answers}
     text = {task.text: ["a", "b", "c", "d"]} | ({task.text_pair: ["w", "x", "y", "z"]} if task.text_pair else {})
     return text | {
-        "label": [0.0, 5.0, 2.5, 1.25] if task.kind == "regression" else [0, 1, 1, len(task.label_names) - 1]
+        "label": [0.0, 5.0, 2.5, 1.25] if task.label_names is None else [0, 1, 1, len(task.label_names) - 1]
     }
 
 

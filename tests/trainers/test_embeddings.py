@@ -70,7 +70,7 @@ def finished(tmp_path_factory) -> tuple[Path, dict, Path]:
         "stages.0.training.num_train_epochs=8",
         "stages.0.training.learning_rate=2e-3",
         "stages.0.training.bf16=false",
-        "stages.0.training.save_strategy=no",
+        "stages.0.training.logging_steps=4",
     ]
     recipe = Recipe.from_yaml(RECIPE, overrides)
     return folder / "run", run_recipe(recipe, folder / "run"), pairs
@@ -79,14 +79,13 @@ def finished(tmp_path_factory) -> tuple[Path, dict, Path]:
 def test_the_recipe_distils_vectors(finished):
     output, results, _ = finished
     log = json.loads((output / "stage-0-distil/training/log.json").read_text())
-    losses = [entry["loss_embeddings"] for entry in log if "loss_embeddings" in entry] + [
-        results["stages"][0]["final_losses"]["loss_embeddings"]
-    ]
-    assert losses[-1] < 0.2 and results["stages"][0]["final_losses"].keys() >= {"loss_hidden_states"}
+    losses = [entry["loss_embeddings"] for entry in log if "loss_embeddings" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    assert results["stages"][0]["final_losses"].keys() == {"loss", "loss_hidden_states", "loss_embeddings"}
     assert results["main_metric"] == "spearmanr" and results["packed"]["max_logit_difference"] <= 1e-5
     for part in ("teacher", "student", "packed"):
         assert results[part]["metrics"].keys() == {"spearmanr", "pearson"}
-    assert results["packed"]["metrics"]["spearmanr"] > 0.5
+    assert results["packed"]["metrics"]["spearmanr"] > 0.5  # random vectors of words: shared ones count
 
 
 def test_the_packed_model_is_one_of_sentence_transformers(finished, tmp_path):
