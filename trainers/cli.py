@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--figure", help="also draw the scores into this PNG")
     table.add_argument("--size-figure", help="also draw mean score against file size into this PNG")
     table.add_argument("--work-figure", help="also draw mean score against multiply-adds into this PNG")
+    table.add_argument("--tasks", nargs="+", metavar="TASK", help="of these two (default: those of every variant)")
     return parser
 
 
@@ -326,8 +327,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> None:
+    from .figures import plot_results, plot_sizes
     from .results import load_results, write_atomic
-    from .tables import plot_results, plot_sizes, render_metrics, render_table, update_tables
+    from .tables import render_metrics, render_table, update_tables
 
     if arguments.update:
         path = Path(arguments.update)
@@ -340,9 +342,9 @@ def _table(arguments: argparse.Namespace) -> None:
     if arguments.figure:
         plot_results(results, arguments.figure)
     if arguments.size_figure:
-        plot_sizes(results, arguments.size_figure)
+        plot_sizes(results, arguments.size_figure, tasks=arguments.tasks)
     if arguments.work_figure:
-        plot_sizes(results, arguments.work_figure, "multiply_adds")
+        plot_sizes(results, arguments.work_figure, "multiply_adds", arguments.tasks)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Distillation losses on logits, hidden states and attention scores: pure functions of model outputs.
+"""Losses on logits, hidden states, attention scores, embeddings and labels: pure functions of model outputs.
 
 Follow TernaryBERT (Zhang et al., EMNLP 2020): mean squared errors on every hidden state and on every layer's
 pre-softmax attention scores, soft cross-entropy on the logits, each layer's mean summed over layers.
@@ -14,7 +14,8 @@ sum of the micro-batches' losses is the loss of one big batch.
 Half precision inputs are computed in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 
 Count = Tensor | float | None
+IGNORED = -100  # a label that torch's and Transformers' losses leave out
 
 
 def logits_loss(
@@ -94,6 +96,40 @@ def span_logits_loss(
         # 0 * -inf at a padded position would be NaN
         total = total - (probabilities * log_probabilities.masked_fill(padding, 0)).sum() * temperature**2
     return total / _count(count, ~padding)
+
+
+def labels_loss(output: Any, labels: Mapping[str, Tensor], *, regression: bool = False, count: Count = None) -> Tensor:
+    """Cross-entropy of the true answers, no distillation: final fine-tuning.
+
+    The squared error for regression; start plus end, halved, for question answering, where a position past the end
+    (the answer lies elsewhere) adds nothing; a label of -100 adds nothing either.
+
+    Args:
+        output: with `logits` (B, K) or (B, T, K), or `start_logits` and `end_logits` (B, T).
+        labels: `labels` (B,) or (B, T), or `start_positions` and `end_positions` (B,).
+        count: sequences, or real tokens for logits (B, T, K).
+
+    Raises:
+        ValueError: the batch has no labels.
+    """
+    if "start_logits" in output:
+        pairs = [
+            (output.start_logits, labels.get("start_positions")),
+            (output.end_logits, labels.get("end_positions")),
+        ]
+    else:
+        pairs = [(output.logits, labels.get("labels"))]
+    total = 0.0
+    for logits, target in pairs:
+        if target is None:
+            raise ValueError(f"labels: the batch holds none of this head, only {sorted(labels)}")
+        logits = _at_least_float32(logits)
+        if regression:
+            total = total + (logits.flatten() - target.flatten().to(logits.dtype)).square().sum()
+            continue
+        target = target.masked_fill((target < 0) | (target >= logits.shape[-1]), IGNORED) if len(pairs) > 1 else target
+        total = total + F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (_count(count, pairs[0][1].numel()) * len(pairs))
 
 
 def hidden_states_loss(

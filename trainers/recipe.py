@@ -30,6 +30,7 @@ FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _GAINED = (
     *("schedule", "total_steps", "doc_stride", "max_query_length", "null_threshold", "augmented", "start"),
     "embeddings",
+    "labels",
 )
 RUNNER_FIELDS = ("output_dir", "seed")  # TrainingArguments fields the runner sets itself
 
@@ -151,12 +152,13 @@ class GhostSpec:
 @dataclass(frozen=True)
 class Targets:
     """Weights of the distillation terms; 0 switches a term off. `embeddings` compares the mean-pooled last hidden
-    states by their cosine."""
+    states by their cosine; `labels` is the task's own loss, which needs no teacher."""
 
     logits: float = 1.0
     hidden_states: float = 1.0
     attention_scores: float = 1.0
     embeddings: float = 0.0
+    labels: float = 0.0
 
     def __post_init__(self):
         weights = dataclasses.asdict(self)
@@ -186,7 +188,9 @@ class Stage:
     name: str = "distil"
     init: Literal["teacher", "previous", "pruned", "subnetwork", "split", "random_encoder"] = "teacher"
     start: str | None = None
-    random_parts: tuple[Literal["embeddings", "encoder", "lower", "upper", "attention", "feed_forward"], ...] = ()
+    random_parts: tuple[
+        Literal["embeddings", "labels", "encoder", "lower", "upper", "attention", "feed_forward"], ...
+    ] = ()
     width: float | None = None
     widths: tuple[float, ...] = ()
     teacher: str | None = None

@@ -20,6 +20,7 @@ from .card import write_card
 from .checkpointing import AtomicCheckpointMixin, folder_lock, newest_complete_checkpoint
 from .data import data_identity, eval_splits, label_config, load_augmented, load_data, task_of
 from .distillation import DistillationArguments, DistillationTrainer
+from .figures import plot_training
 from .heads import HEADS, evaluate, evaluations
 from .initialization import (
     BUNDLED,
@@ -33,7 +34,6 @@ from .initialization import (
 from .pruning import WidthAdaptiveTrainer, labelled_batches
 from .recipe import DataSpec, Recipe, Stage
 from .results import RESULTS_NAME, environment, read_results, write_atomic, write_results
-from .tables import plot_training
 
 
 DONE = "DONE.json"  # written last into a finished teacher or stage folder
@@ -218,6 +218,7 @@ class _Run:
             hidden_states_weight=stage.targets.hidden_states,
             attention_scores_weight=stage.targets.attention_scores,
             embeddings_weight=stage.targets.embeddings,
+            labels_weight=stage.targets.labels,
             temperature=stage.temperature,
             teacher_dropout=stage.teacher_dropout,
             quantizer_learning_rate=stage.quantizer_learning_rate,
