@@ -260,8 +260,6 @@ def _place(name: str, quantizer: Any) -> Any:
     inner = getattr(quantizer, "dynamic", quantizer)
     if not isinstance(inner, ActivationQuantizer | LsqQuantizer) or getattr(inner, "per_tensor", False):
         raise _NotFusedError("it needs quantized activations, with ranges per token or learned steps")
-    if getattr(inner, "signs", False):
-        raise _NotFusedError("the engine has no elastic binarization of activations")
     return place_of(quantizer, signed=name != "probability")
 
 

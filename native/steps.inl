@@ -54,15 +54,22 @@ QB_TARGET static Range range_row(const float* x, long n) {
     return collect(low, high, range);
 }
 
-// How a row becomes codes: the nearest whole number to x * inverse + shift, x held in [low, high]; or by a fixed step.
+// How a row becomes codes: the nearest whole number to x * inverse + shift, x held in [low, high]; by a fixed step; or
+// by the sign of what is above a threshold for each column.
 struct Line {
     float scale, offset, inverse, shift, low, high;
     bool holds;
-    const Activation* step;  // null: by the line
+    const Activation* step;   // null: by the line
+    const float* thresholds;  // null: by one of the two above
 };
 
 QB_INLINE Line line_of(Range range, const Activation& activation) {
     Line line{};
+    if (activation.kind == kSigns) {
+        line.scale = activation.step;
+        line.thresholds = activation.shift;
+        return line;
+    }
     if (activation.kind == kStep) {
         line.scale = activation.step;
         line.offset = activation.less ? activation.step * static_cast<float>(activation.less) + activation.floor
@@ -149,20 +156,35 @@ QB_INLINE int32_t codes_of(const float* x, long n, const Line& line, int8_t* cod
     return total;
 }
 
+QB_INLINE int32_t signs_of(const float* x, long n, const float* thresholds, int8_t* codes) {
+    i16 sum = {};
+    long i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const i16 code = -2 * (i16)(load16(x + i) >= load16(thresholds + i)) - 1;
+        sum += code;
+        *reinterpret_cast<c16*>(codes + i) = __builtin_convertvector(code, c16);
+    }
+    int32_t total = total16(sum);
+    for (; i < n; ++i) total += codes[i] = x[i] >= thresholds[i] ? 1 : -1;
+    return total;
+}
+
 // Codes of n numbers; returns their sum.
 QB_INLINE int32_t codes_row(const float* x, long n, const Line& line, int8_t* codes) {
+    if (line.thresholds) return signs_of(x, n, line.thresholds, codes);
     if (line.step) return codes_of<true, false>(x, n, line, codes);
     return line.holds ? codes_of<false, true>(x, n, line, codes) : codes_of<false, false>(x, n, line, codes);
 }
 
 QB_TARGET static void quantize_row(const float* x, long n, Range range, const Activation& activation,
                                    long group_columns, const Codes& out, long row) {
-    const Line line = line_of(range, activation);
+    Line line = line_of(range, activation);
     int8_t* codes = out.codes + row * out.depth;
     out.scale[row] = line.scale;
     out.offset[row] = line.offset;
     for (long group = 0; group < out.groups; ++group) {
         const long begin = group * group_columns, end = group + 1 == out.groups ? n : begin + group_columns;
+        if (activation.shift) line.thresholds = activation.shift + begin;
         out.sums[row * out.groups + group] = codes_row(x + begin, end - begin, line, codes + begin);
     }
     for (long i = n; i < out.depth; ++i) codes[i] = 0;

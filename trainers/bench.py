@@ -1,0 +1,229 @@
+"""`qbert bench`: packed models beside the engines of others, on the same weights, in one process, round by round.
+
+No speed is kept when the answers disagree. Results go to one JSON file that grows cell by cell (network, threads, shape),
+so that a long measurement can be made in pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from modeling_qbert import (
+    BinaryBertConfig,
+    BinaryBertForSequenceClassification,
+    TernaryBertConfig,
+    TernaryBertForSequenceClassification,
+)
+
+from .latency import cpu_name
+from .results import environment, write_atomic
+from .rivals import RIVALS, TO_BEAT, Answer, NotInstalledError, example, prepare, similarity
+
+
+NETWORKS: dict[str, dict[str, int]] = {
+    "base": {},  # BERT-base
+    "minilm-l6": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
+}
+SHAPES = ((1, 8), (1, 32), (1, 128), (8, 128), (1, 384))  # batch, tokens
+LABELS = 16  # of the random networks: more of them make an agreement mean more
+ROUNDS = 7
+BLOCK_SECONDS = 0.05
+PAUSE_SECONDS = 0.01  # between blocks: threads of the one before stop spinning
+SAME_PATH = 1e-4  # largest difference of logits between the native engine and plain torch
+SIMILAR = 0.98  # least correlation of logits with those of the full-precision model of the same weights
+
+
+def _ternary(bits: str) -> Callable[[dict[str, int]], PreTrainedModel]:
+    return lambda sizes: TernaryBertForSequenceClassification(
+        TernaryBertConfig(**sizes, bits=bits, num_labels=LABELS)
+    )
+
+
+def _binary(**fields: Any) -> Callable[[dict[str, int]], PreTrainedModel]:
+    return lambda sizes: BinaryBertForSequenceClassification(BinaryBertConfig(**sizes, **fields, num_labels=LABELS))
+
+
+# Our settings: bits of weights and activations -> latent network of random weights.
+OURS: dict[str, Callable[[dict[str, int]], PreTrainedModel]] = {
+    "W8A8": _ternary("8-8-8"),
+    "W2A8": _ternary("2-2-8"),
+    "W1A8": _binary(bits="1-1-8"),
+    "W1A8 two planes": _binary(bits="1-1-8", planes=2),
+    "W1A4": _binary(bits="1-1-4", activation_quantizer="lsq"),
+    "W1A1": _binary(bits="1-1-1", activation_quantizer="lsq"),
+}
+SHARED_WEIGHTS = "W2A8"  # rivals get this network's weights, dequantized
+
+
+class DisagreementError(RuntimeError):
+    """Two candidates answer differently: no speed is worth anything."""
+
+
+def timed(call: Callable[[], object], seconds: float = BLOCK_SECONDS) -> float:
+    """Seconds a call, over a block of at least `seconds`."""
+    calls, start = 0, time.perf_counter()
+    while True:
+        call()
+        calls += 1
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds:
+            return elapsed / calls
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, seconds: float = BLOCK_SECONDS
+) -> dict[str, list[float]]:
+    """Seconds a call of every candidate in every round, candidate after candidate, after two calls that do not count."""
+    for call in candidates.values():
+        call(), call()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            time.sleep(PAUSE_SECONDS)
+            if times[name] and times[name][-1] < seconds:
+                call()  # its weights come back to the caches
+            times[name].append(timed(call, seconds))
+    return times
+
+
+def ratio(times: Mapping[str, Sequence[float]], numerator: str, denominator: str) -> float:
+    """Median over rounds of how many times as long the numerator took."""
+    return statistics.median(a / b for a, b in zip(times[numerator], times[denominator]))
+
+
+@torch.no_grad()
+def prepare_ours(names: Iterable[str], network: str) -> dict[str, PreTrainedModel]:
+    """Packed networks of random weights, always the same."""
+    models = {}
+    for name in names:
+        torch.manual_seed(0)
+        model = OURS[name](NETWORKS[network]).eval()
+        model.calibrate(**example(model.config.vocab_size, 4, 64, seed=1))
+        models[name] = model.pack()
+    return models
+
+
+@torch.no_grad()
+def check_own_path(name: str, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> float:
+    """Largest difference of logits between the fused forward and layer by layer in plain torch.
+
+    Raises:
+        DisagreementError: it is above `SAME_PATH`.
+    """
+    fast = model(**inputs).logits
+    slow = model(**inputs, output_hidden_states=True).logits  # hidden states come from the layers one by one
+    difference = float((fast - slow).abs().max())
+    if not difference <= SAME_PATH:
+        raise DisagreementError(f"{name}: fused and layer-by-layer logits differ by {difference}; no speed is kept")
+    return difference
+
+
+def prepare_rivals(
+    names: Iterable[str], model: PreTrainedModel, folder: Path, threads: int
+) -> tuple[dict[str, Answer], dict[str, str]]:
+    """Rivals of a full-precision model that can run here, and of the others why they cannot."""
+    ready, missing = {}, {}
+    for name in names:
+        try:
+            ready[name] = prepare(name, model, folder, threads)
+        except NotInstalledError as error:
+            missing[name] = str(error)
+    return ready, missing
+
+
+def check_rival(name: str, answer: object, expected: object) -> float:
+    """Correlation of a candidate's logits with the full-precision model's.
+
+    Raises:
+        DisagreementError: it is below `SIMILAR`.
+    """
+    found = similarity(answer, expected)
+    if not found >= SIMILAR:
+        raise DisagreementError(
+            f"{name}: logits correlate with the full-precision model's by {found:.4f}, expected at least {SIMILAR}; "
+            "no speed is kept"
+        )
+    return found
+
+
+def measure(
+    network: str,
+    threads: int,
+    shapes: Sequence[tuple[int, int]],
+    cache: Path,
+    ours: Iterable[str] = tuple(OURS),
+    rivals: Iterable[str] = tuple(RIVALS),
+    rounds: int = ROUNDS,
+) -> dict[str, dict[str, Any]]:
+    """One cell for every shape: agreement and times of every candidate, rivals that are missing, ratios.
+
+    Args:
+        threads: of every candidate.
+        cache: folder where the rivals' files stay.
+    """
+    torch.set_num_threads(threads)
+    models = prepare_ours(ours, network)
+    shared = models.get(SHARED_WEIGHTS) or prepare_ours([SHARED_WEIGHTS], network)[SHARED_WEIGHTS]
+    answers, missing = prepare_rivals(rivals, shared.dequantize(), cache / network, threads)
+    answers |= {name: lambda inputs, model=model: model(**inputs).logits for name, model in models.items()}
+    reference = prepare("PyTorch fp32", shared.dequantize(), cache / network, threads)
+    return {
+        f"{batch}x{tokens}": measure_shape(
+            answers, models, reference, example(shared.config.vocab_size, batch, tokens), rounds
+        )
+        | {"missing": missing, "threads": threads, **_parent()}
+        for batch, tokens in shapes
+    }
+
+
+@torch.no_grad()
+def measure_shape(
+    answers: Mapping[str, Answer],
+    models: Mapping[str, PreTrainedModel],
+    reference: Answer,
+    inputs: Mapping[str, torch.Tensor],
+    rounds: int,
+) -> dict[str, Any]:
+    """Agreement first, then times and ratios, for one input."""
+    expected = reference(inputs)
+    agreement = {name: check_own_path(name, model, inputs) for name, model in models.items()}
+    correlation = {
+        name: check_rival(name, answer(inputs), expected)
+        for name, answer in answers.items()
+        if name not in models or name == SHARED_WEIGHTS
+    }
+    times = interleaved({name: lambda answer=answer: answer(inputs) for name, answer in answers.items()}, rounds)
+    best = min((name for name in TO_BEAT if name in times), key=lambda name: statistics.median(times[name]), default=None)
+    return {
+        "ms": {name: 1000 * statistics.median(values) for name, values in times.items()},
+        "least_ms": {name: 1000 * min(values) for name, values in times.items()},
+        "rounds_ms": {name: [1000 * value for value in values] for name, values in times.items()},
+        "best_rival": best,
+        "ratio": {} if best is None else {name: ratio(times, best, name) for name in models},
+        "difference_from_torch": agreement,
+        "correlation_with_fp32": correlation,
+    }
+
+
+def _parent() -> dict[str, Any]:
+    return {**environment(), "cpu": cpu_name()}
+
+
+def merge(path: Path, kind: str, network: str, threads: int | None, cells: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON file with these cells added or replaced."""
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    place = report.setdefault(kind, {}).setdefault(network, {})
+    if threads is not None:
+        place = place.setdefault(f"{threads} threads" if threads > 1 else "1 thread", {})
+    place.update(cells)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(report, indent=1, sort_keys=True) + "\n").encode())
+    return report
