@@ -7,6 +7,7 @@ so that a long measurement can be made in pieces.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from modeling_qbert import (
     BinaryBertConfig,
@@ -100,14 +101,18 @@ def ratio(times: Mapping[str, Sequence[float]], numerator: str, denominator: str
 
 
 @torch.no_grad()
-def prepare_ours(names: Iterable[str], network: str) -> dict[str, PreTrainedModel]:
-    """Packed networks of random weights, always the same."""
+def prepare_ours(names: Iterable[str], network: str, cache: Path) -> dict[str, PreTrainedModel]:
+    """Packed networks of random weights, always the same; checkpoints of them stay in `cache`."""
     models = {}
     for name in names:
-        torch.manual_seed(0)
-        model = OURS[name](NETWORKS[network]).eval()
-        model.calibrate(**example(model.config.vocab_size, 4, 64, seed=1))
-        models[name] = model.pack()
+        folder = cache / network / name.replace(" ", "-")
+        if not folder.is_dir():
+            torch.manual_seed(0)
+            model = OURS[name](NETWORKS[network]).eval()
+            model.calibrate(**example(model.config.vocab_size, 4, 64, seed=1))
+            model.pack().save_pretrained(f"{folder}.partial")
+            os.rename(f"{folder}.partial", folder)
+        models[name] = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     return models
 
 
@@ -170,8 +175,8 @@ def measure(
         cache: folder where the rivals' files stay.
     """
     torch.set_num_threads(threads)
-    models = prepare_ours(ours, network)
-    shared = models.get(SHARED_WEIGHTS) or prepare_ours([SHARED_WEIGHTS], network)[SHARED_WEIGHTS]
+    models = prepare_ours(ours, network, cache)
+    shared = models.get(SHARED_WEIGHTS) or prepare_ours([SHARED_WEIGHTS], network, cache)[SHARED_WEIGHTS]
     answers, missing = prepare_rivals(rivals, shared.dequantize(), cache / network, threads)
     answers |= {name: lambda inputs, model=model: model(**inputs).logits for name, model in models.items()}
     reference = prepare("PyTorch fp32", shared.dequantize(), cache / network, threads)
