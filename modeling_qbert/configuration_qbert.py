@@ -1,6 +1,7 @@
 """Configurations: the backbone's own fields plus what makes a model low-bit, checked when a config is born."""
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -205,7 +206,10 @@ class LowBitConfig(PreTrainedConfig):
 
     def embedding_spec(self, module: str) -> WeightSpec | None:
         """Quantizer of the word embedding by its name in the backbone, None in full precision."""
-        return self._spec(module, self.bit_widths[1], self.embedding_granularity)
+        spec = self._spec(module, self.bit_widths[1], self.embedding_granularity)
+        if spec is None or spec.bits > 1 or spec.planes > 1 or spec.granularity == "per_tensor":
+            return spec
+        return replace(spec, short_scale=True)  # of a row of 768 bits a scale of 32 is 4 %; planes add up exactly
 
     @property
     def position_spec(self) -> WeightSpec | None:

@@ -299,7 +299,7 @@ def _embedding_tables(model: nn.Module) -> "EmbeddingTables | None":
     return EmbeddingTables(
         words.weight,
         words.packing,
-        words.weight_scale,
+        words.weight_scale.float(),
         words.spec.group_size,
         *[table.weight.detach() for table in tables],
         _norm(embeddings.LayerNorm),

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,6 +20,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import (
+    QUANTIZER_STATE,
     WEIGHTS_FILE,
     CheckpointError,
     Expected,
@@ -142,10 +144,13 @@ def expected_tensors(model: nn.Module) -> dict[str, Expected]:
         owner, _, leaf = name.rpartition(".")
         layer = layers.get(owner)
         if layer is not None and leaf == "weight":
-            expected[name] = Expected(tuple(tensor.shape), layer.columns, layer.packing)
+            expected[name] = Expected(tuple(tensor.shape), layer.columns, layer.packing, dtype=torch.uint8)
         else:
             is_scale = (layer is not None and leaf == "weight_scale") or name.endswith("_quantizer.step")
-            expected[name] = Expected(tuple(tensor.shape), is_scale=is_scale)
+            dtype = torch.float32 if name.endswith(QUANTIZER_STATE) else None
+            if layer is not None and leaf == "weight_scale":
+                dtype = layer.spec.scale_dtype
+            expected[name] = Expected(tuple(tensor.shape), is_scale=is_scale, dtype=dtype)
     return expected
 
 

@@ -41,12 +41,14 @@ InputQuantizer = ActivationQuantizer | LsqQuantizer | PactQuantizer
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """How one weight becomes codes: a row of `WEIGHT_QUANTIZERS`, the granularity of its scale, its planes."""
+    """How one weight becomes codes: a row of `WEIGHT_QUANTIZERS`, the granularity of its scale, its planes, and
+    whether the scale is rounded to bfloat16, in training as in the file."""
 
     quantizer: str
     granularity: str
     group_size: int
     planes: int = 1
+    short_scale: bool = False
 
     @property
     def bits(self) -> int:
@@ -60,6 +62,11 @@ class WeightSpec:
     def shape(self, *shape: int) -> tuple[int, ...]:
         """Shape of a weight or scale of all planes, given that of one."""
         return shape if self.planes == 1 else (self.planes, *shape)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Type of the packed scale; what is computed with is always its value in float32."""
+        return torch.bfloat16 if self.short_scale else torch.float32
 
     def packing(self, ternary_packing: str) -> str:
         """Layout of the packed bits, given the one chosen for ternary codes."""
@@ -75,7 +82,8 @@ class WeightSpec:
                 return Quantized(torch.stack([p.codes for p in planes]), torch.stack([p.scale for p in planes]))
             if self.quantizer == "lat":
                 return quantizer(weight, scale, self.group_size)
-            return quantizer(weight, self.granularity, self.group_size)
+            codes, scale, _ = quantizer(weight, self.granularity, self.group_size)
+            return Quantized(codes, scale.to(self.scale_dtype).to(scale.dtype))
 
 
 class _LatentMixin:
@@ -283,7 +291,7 @@ class FixedGELU(nn.Module):
 
 
 class _PackedMixin:
-    """What PackedLinear and PackedEmbedding share: uint8 bits, fp32 scales that no cast of the model touches."""
+    """What PackedLinear and PackedEmbedding share: uint8 bits, scales that no cast of the model touches."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -296,21 +304,21 @@ class _PackedMixin:
         shape = spec.shape(rows, packed_columns(columns, self.packing))
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.uint8, device=device))
         shape = spec.shape(*scale_shape(rows, columns, spec.granularity, spec.group_size))
-        self.register_buffer("weight_scale", torch.ones(shape, dtype=torch.float32, device=device))
+        self.register_buffer("weight_scale", torch.ones(shape, dtype=spec.scale_dtype, device=device))
 
     def load_quantized(self, quantized: Quantized) -> None:
         """Take codes (O, I) or (P, O, I) and scale as this layer's state."""
         self.weight = pack_codes(quantized.codes, self.packing)
-        self.weight_scale = quantized.scale.detach().float().clone()
+        self.weight_scale = quantized.scale.detach().to(self.spec.scale_dtype).clone()
 
     def quantize_weight(self) -> Quantized:
         """Codes int8 and scale, as `quantize_weight` of the latent layer gave them."""
-        return Quantized(unpack_codes(self.weight, self.columns, self.packing), self.weight_scale)
+        return Quantized(unpack_codes(self.weight, self.columns, self.packing), self.weight_scale.float())
 
     def _apply(self, fn, recurse=True):
         scale = self.weight_scale
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:  # .to(bf16) moves the layer but must not round its scales
+        if self.weight_scale.dtype != self.spec.scale_dtype:  # .to(bf16) moves the layer but must not round its scales
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
@@ -404,7 +412,7 @@ class PackedEmbedding(_PackedMixin, nn.Module):
         rows = input_ids.flatten()
         scale = self.weight_scale if self.weight_scale.shape[-2] == 1 else self.weight_scale[..., rows, :]
         codes = unpack_codes(self.weight[..., rows, :], self.columns, self.packing)
-        value = dequantize_weight(Quantized(codes, scale), self.spec.group_size)
+        value = dequantize_weight(Quantized(codes, scale.float()), self.spec.group_size)
         value = sum(value) if self.spec.planes > 1 else value
         return value.view(*input_ids.shape, self.embedding_dim).to(self.dtype)
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PACKINGS = ("2bit", "dense")  # the layouts a user may choose for ternary codes
 _DIGITS = {"1bit": 8, "2bit": 4, "dense": 5, "3bit": 2, "4bit": 2, "int8": 1}  # codes a byte
 _BASE = {"1bit": 2, "2bit": 4, "dense": 3, "3bit": 16, "4bit": 16, "int8": 256}

@@ -16,7 +16,9 @@ from .checkpointing import AtomicCheckpointMixin
 from .losses import attention_scores_loss, hidden_states_loss, logits_loss, span_logits_loss
 
 
-LEARNED_STATE = ("_quantizer.step", "_quantizer.shift", "_quantizer.clip")
+LEARNED_STEP = ("_quantizer.step", "_quantizer.shift")
+"""Ends of the names of what `calibrate` gives its first value, and of what is learned with it."""
+LEARNED_STATE = (*LEARNED_STEP, "_quantizer.clip")
 """Ends of the names of what learned activation quantizers learn."""
 GHOST_STATE = (".ghost_kernel", ".ghost_scale")
 """Ends of the names of the parameters of ghost features."""

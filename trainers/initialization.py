@@ -24,7 +24,7 @@ from transformers import (
 from modeling_qbert import get_model_class
 
 from .adaptive import budget_in_kib, choose_modules, measure_gains, split_costs
-from .distillation import GHOST_STATE
+from .distillation import GHOST_STATE, LEARNED_STEP
 from .heads import SEQUENCE_CLASSIFICATION, Head
 from .pruning import cut, head_and_neuron_importance, rewire
 from .recipe import Recipe, Stage
@@ -154,7 +154,10 @@ def initial_student(
     """
     model_class, config = student_config(recipe, stage, start, labels, head.name)
     if stage.init in ("teacher", "previous"):
-        return model_class.from_pretrained(start, config=config, dtype=torch.float32)
+        model = model_class.from_pretrained(start, config=config, dtype=torch.float32)
+        if _activation_bits(AutoConfig.from_pretrained(start)) != _activation_bits(config):
+            forget_steps(model)
+        return model
     if stage.init == "random_encoder":
         model = model_class.from_pretrained(start, config=config, dtype=torch.float32)
         randomize_parts(model, stage.random_parts or ("encoder",))
@@ -164,6 +167,19 @@ def initial_student(
         return _split_student(model_class, config, start)
     source = head.auto_class.from_pretrained(start, dtype=torch.float32)
     return _pruned_student(model_class, config, stage, source, batches)
+
+
+def _activation_bits(config: PreTrainedConfig) -> str:
+    return getattr(config, "bits", "32-32-32").split("-")[-1]
+
+
+@torch.no_grad()
+def forget_steps(model: PreTrainedModel) -> None:
+    """Learned step sizes and shifts as in a new model: those of other activation bits are no start for these. The
+    trainer calibrates steps of 0."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(LEARNED_STEP):
+            parameter.zero_()
 
 
 @torch.no_grad()

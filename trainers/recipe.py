@@ -26,7 +26,8 @@ import yaml
 
 
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_GAINED = ("doc_stride", "max_query_length", "null_threshold", "augmented")  # fields of data or a stage
+# Fields of the recipe, of data or of a stage
+_GAINED = ("schedule", "total_steps", "doc_stride", "max_query_length", "null_threshold", "augmented", "start")
 RUNNER_FIELDS = ("output_dir", "seed")  # TrainingArguments fields the runner sets itself
 
 
@@ -167,8 +168,9 @@ class Stage:
     `init` is where its weights come from: the recipe's `teacher`; the `previous` stage; `pruned`, the previous stage's
     (or the teacher's) network whose heads and neurons are ranked and cut to `width`; `subnetwork`, its leading part of
     that width as it is; `split`, the previous stage's ternary network split into two binary planes; `random_encoder`,
-    the recipe's teacher with new random weights in its encoder, or in the `random_parts` instead. `widths` trains
-    all these widths at once. `teacher` names an earlier stage to imitate instead of the recipe's teacher.
+    the recipe's teacher with new random weights in its encoder, or in the `random_parts` instead. `start` names an
+    earlier stage to be the previous one. `widths` trains all these widths at once. `teacher` names an earlier stage to
+    imitate instead of the recipe's teacher.
     `split_megabytes` makes a binary student ternary in the modules that the best (or, as controls, a random or the
     worst) choice of adaptive splitting would split within a file of that size; a later stage splits just these.
     `learning_rate_ratio` multiplies the learning rate; `quantizer_learning_rate` is that of learned step sizes and
@@ -178,6 +180,7 @@ class Stage:
 
     name: str = "distil"
     init: Literal["teacher", "previous", "pruned", "subnetwork", "split", "random_encoder"] = "teacher"
+    start: str | None = None
     random_parts: tuple[Literal["embeddings", "encoder", "lower", "upper", "attention", "feed_forward"], ...] = ()
     width: float | None = None
     widths: tuple[float, ...] = ()
@@ -203,6 +206,8 @@ class Stage:
             _require(self.width is not None, "width", f"a number for init {self.init!r}", self.width)
         else:
             _require(self.width is None, "width", "nothing, unless init is 'pruned' or 'subnetwork'", self.width)
+        begun = self.init not in ("teacher", "random_encoder")
+        _require(begun or self.start is None, "start", f"nothing for init {self.init!r}", self.start)
         _require(
             not self.random_parts or self.init == "random_encoder",
             "random_parts",
@@ -221,7 +226,12 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Ordered stages from a full-precision checkpoint to a packed one; `last_stage` leaves the later ones out."""
+    """Ordered stages from a full-precision checkpoint to a packed one.
+
+    `schedule` names the stages to run, in this order, of which the first starts from the teacher where it says
+    `previous`; `last_stage` leaves later ones out. `total_steps` is a budget that the stages share in proportion to
+    their `training.num_train_epochs`. All three are resolved at birth: they read as unset, the stages as they run.
+    """
 
     name: str
     family: str = "ternary"
@@ -229,7 +239,9 @@ class Recipe:
     teacher: TeacherSpec
     stages: tuple[Stage, ...]
     packing: Literal["2bit", "dense"] = "2bit"
+    schedule: tuple[str, ...] = ()
     last_stage: str | None = None
+    total_steps: int | None = None
     seed: int = 42
 
     def __post_init__(self):
@@ -238,12 +250,16 @@ class Recipe:
         _require(len(self.stages) > 0, "stages", "at least one stage", "none")
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), "stages", "a different name for every stage", names)
+        if self.schedule:
+            names = self._resolve_schedule(names)
         first = self.stages[0].init
         possible = ("teacher", "pruned", "random_encoder")
         _require(first in possible, "stages.0.init", f"one of {possible}, no stage precedes it", first)
         for index, stage in enumerate(self.stages):
             known = [None, *names[:index]]
-            _require(stage.teacher in known, f"stages.{index}.teacher", f"one of {known}", stage.teacher)
+            for key in ("teacher", "start"):
+                name = getattr(stage, key)
+                _require(name in known, f"stages.{index}.{key}", f"one of {known}", name)
             rows = self.data.augmented
             _require(rows or not stage.augmented, f"stages.{index}.augmented", "data.augmented to be given", rows)
             ghostly = self.family == "ghost" or stage.ghost == GhostSpec()
@@ -252,6 +268,36 @@ class Recipe:
             _require(self.last_stage in names, "last_stage", f"one of {names}", self.last_stage)
             object.__setattr__(self, "stages", self.stages[: names.index(self.last_stage) + 1])
             object.__setattr__(self, "last_stage", None)
+        if self.total_steps is not None:
+            self._share_steps(self.total_steps)
+
+    def _resolve_schedule(self, names: list[str]) -> list[str]:
+        for index, name in enumerate(self.schedule):
+            free = [other for other in names if other not in self.schedule[:index]]
+            _require(name in free, f"schedule.{index}", f"one of {free}", name)
+        first, *rest = (self.stages[names.index(name)] for name in self.schedule)
+        if first.init == "previous" and first.start is None:
+            first = dataclasses.replace(first, init="teacher")
+        object.__setattr__(self, "stages", (first, *rest))
+        object.__setattr__(self, "schedule", ())
+        return [stage.name for stage in self.stages]
+
+    def _share_steps(self, total: int) -> None:
+        shares = []
+        for index, stage in enumerate(self.stages):
+            share, where = stage.training.get("num_train_epochs"), f"stages.{index}.training"
+            _require(share and share > 0, f"{where}.num_train_epochs", "a share of total_steps", share)
+            _require("max_steps" not in stage.training, where, "total_steps or max_steps, not both", stage.training)
+            shares.append(share)
+        ends = [round(total * sum(shares[:count]) / sum(shares)) for count in range(len(shares) + 1)]
+        steps = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        _require(min(steps) > 0, "total_steps", f"at least a step for each of {len(steps)} stages", total)
+        stages = []
+        for stage, own in zip(self.stages, steps, strict=True):
+            training = {key: value for key, value in stage.training.items() if key != "num_train_epochs"}
+            stages.append(dataclasses.replace(stage, training=training | {"max_steps": own}))
+        object.__setattr__(self, "stages", tuple(stages))
+        object.__setattr__(self, "total_steps", None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -282,6 +328,7 @@ class Recipe:
         values = dataclasses.asdict(self)
         lists = ("widths", "random_parts")
         values["stages"] = [{**stage, **{key: list(stage[key]) for key in lists}} for stage in values["stages"]]
+        values["schedule"] = list(values["schedule"])
         if self.teacher.architecture is None:
             del values["teacher"]["architecture"]
         for stage in values["stages"]:
@@ -298,7 +345,7 @@ class Recipe:
         and without fields that recipes gained after first results, where they are not used: fingerprints stay."""
         values = self.to_dict()
         del values["data"]["path"], values["data"]["augmented"]
-        for node in (values["data"], *values["stages"]):
+        for node in (values, values["data"], *values["stages"]):
             for name in _GAINED:
                 if not node.get(name, True):
                     del node[name]

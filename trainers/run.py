@@ -124,7 +124,8 @@ class _Run:
                 stage_teacher = load_teacher(folders[stage.teacher], auto_class=self.head.auto_class)
             else:
                 stage_teacher = teacher
-            previous, record = self._stage(index, stage, previous, stage_teacher)
+            start = previous if stage.start is None else folders[stage.start]
+            previous, record = self._stage(index, stage, start, stage_teacher)
             folders[stage.name] = previous
             stages.append(record)
         student = self.head.auto_class.from_pretrained(previous)

@@ -89,11 +89,12 @@ class _SweepFile:
 
 
 def _dotted(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings and lists by dotted key."""
+    """Leaves of nested mappings and lists by dotted key; a list of plain values is a leaf."""
     items = values.items() if isinstance(values, Mapping) else enumerate(values)
     flat: dict[str, Any] = {}
     for key, value in items:
-        if isinstance(value, Mapping | list) and value:
+        nested = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        if isinstance(value, Mapping) and value or any(isinstance(item, Mapping | list) for item in nested):
             flat.update(_dotted(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value

@@ -280,16 +280,16 @@ def test_swapped_offsets(good, tmp_path):
 
 
 @pytest.mark.parametrize("key, value, text", [
-    ("qbert_format_version", "2", "format version '2'"),
+    ("qbert_format_version", "1", "format version '1'"),
     ("qbert_format_version", "0", "format version '0'"),
     ("qbert_format_version", None, "qbert_format_version"),
     ("qbert_packing", "3bit", "packing '3bit'"),
     ("qbert_packing", "dense", "packing is 'dense', config.json says '2bit'"),
     ("qbert_packing", None, "qbert_packing"),
-    ("qbert_sha256", "{}", "digests"),
-    ("qbert_sha256", "[]", "qbert_sha256"),
-    ("qbert_sha256", "{", "qbert_sha256"),
-    ("qbert_sha256", "[" * 100_000, "qbert_sha256"),
+    ("qbert_sha256", "", "'qbert_sha256' must hold 32 bytes for each of"),
+    ("qbert_sha256", "AAAAA" * 9, "'qbert_sha256' must hold 32 bytes for each of"),
+    ("qbert_sha256", "[]", "'qbert_sha256' is not base85"),
+    ("qbert_sha256", "\u00e9" * 100_000, "'qbert_sha256' is not base85"),
     ("qbert_sha256", None, "qbert_sha256"),
     ("qbert_config", "null", "qbert_config"),
     ("qbert_config", "{}", "config field"),

@@ -1,5 +1,6 @@
 """Small random models of every family, backbone and head, and the few things that tests do with them."""
 
+import base64
 import hashlib
 import json
 import math
@@ -117,12 +118,12 @@ def write_parts(path: Path, header: dict | str, data: bytes) -> None:
 
 def sign(header: dict, data: bytes) -> dict:
     """Recompute the digests of a changed file, so that only the checks of values are left to find the change."""
-    digests = {}
-    for name, entry in header.items():
+    digests = b""
+    for name, entry in sorted(header.items()):
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
             sha = hashlib.sha256(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
             sha.update(data[begin:end])
-            digests[name] = sha.hexdigest()
-    header["__metadata__"]["qbert_sha256"] = json.dumps(digests)
+            digests += sha.digest()
+    header["__metadata__"]["qbert_sha256"] = base64.b85encode(digests).decode()
     return header

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from trainers.distillation import LEARNED_STEP
 from trainers.initialization import initial_student
 from trainers.recipe import Recipe
 
@@ -26,12 +27,16 @@ def teacher(tmp_path_factory):
     return str(folder), model.state_dict()
 
 
-def student(folder, seed=1, **stage):
+def initial(folder, seed=1, **stage):
     stage = {"init": "random_encoder", "quantization": BITS, **stage}
     common = {"name": "tiny", "family": "binary", "data": {"task": "sst2"}, "teacher": {"model": folder}}
     recipe = Recipe.from_dict({**common, "stages": [stage]})
     torch.manual_seed(seed)
-    return initial_student(recipe, recipe.stages[0], folder, {}).state_dict()
+    return initial_student(recipe, recipe.stages[0], folder, {})
+
+
+def student(folder, seed=1, **stage):
+    return initial(folder, seed, **stage).state_dict()
 
 
 @pytest.mark.parametrize(
@@ -80,3 +85,22 @@ def test_random_parts_need_their_init(teacher):
         student(teacher[0], init="teacher", random_parts=["lower"])
     with pytest.raises(ValueError, match="random_parts.0: expected one of 'embeddings'"):
         student(teacher[0], random_parts=["middle"])
+
+
+def test_other_activation_bits_get_step_sizes_of_their_own(teacher, tmp_path):
+    """A stage that continues with the same bits continues with the same steps; weights stay in any case."""
+    model = initial(teacher[0], init="teacher", quantization=BITS | {"bits": "1-1-2"})
+    ids = torch.randint(1, 97, (4, 9))
+    model.calibrate(input_ids=ids)
+    model.save_pretrained(tmp_path)
+    before = model.state_dict()
+    same = student(str(tmp_path), init="teacher", quantization=BITS | {"bits": "1-1-2"})
+    assert all(torch.equal(same[name], tensor) for name, tensor in before.items())
+    one_bit = initial(str(tmp_path), init="teacher")
+    after = one_bit.state_dict()
+    learned = [name for name in after if name.endswith(LEARNED_STEP)]
+    assert sum(name.endswith(".shift") for name in learned) > 20
+    assert not any(after[name].any() for name in learned)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name not in learned)
+    one_bit.calibrate(input_ids=ids)
+    assert all(float(step) > 0 for name, step in one_bit.state_dict().items() if name.endswith(".step"))

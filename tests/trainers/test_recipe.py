@@ -124,6 +124,16 @@ def test_the_last_override_wins(tmp_path):
         ({"stages": [{}, {}]}, "stages: expected a different name for every stage"),
         ({"stages": [{"init": "previous"}]}, "stages.0.init: expected one of .'teacher', 'pruned'"),
         ({"stages": [{"init": "random"}]}, "stages.0.init: expected one of 'teacher', 'previous', .*found 'random'"),
+        ({"schedule": ["distil", "third"]}, "schedule.1: expected one of .'second'., found 'third'"),
+        ({"schedule": ["distil", "distil"]}, "schedule.1: expected one of .'second'., found 'distil'"),
+        ({"total_steps": 5}, "stages.1.training.num_train_epochs: expected a share of total_steps, found None"),
+        ({"total_steps": 0, "stages": [{"training": {"num_train_epochs": 1}}]}, "total_steps: expected at least a"),
+        (
+            {"total_steps": 5, "stages": [{"training": {"num_train_epochs": 1, "max_steps": 5}}]},
+            "stages.0.training: expected total_steps or max_steps, not both",
+        ),
+        ({"stages": [{"start": "distil"}]}, "stages.0.start: expected nothing for init 'teacher'"),
+        ({"stages": [{}, {"name": "b", "init": "previous", "start": "c"}]}, "stages.1.start: expected one of .None"),
         ({"stages": [{"temperature": 0}]}, "stages.0.temperature: expected above 0, found 0.0"),
         ({"stages": [{"temperature": ".nan"}]}, "stages.0.temperature: expected a number, found str '.nan'"),
         ({"stages": [{"temperature": float("inf")}]}, "stages.0.temperature: expected a finite number"),
@@ -198,6 +208,49 @@ def test_missing_and_binary_files(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(ValueError, match="binary.yaml: expected a readable YAML recipe"):
         Recipe.from_yaml(tmp_path / "binary.yaml")
+
+
+STAGES = [
+    {"name": "first", "training": {"num_train_epochs": 1}},
+    {"name": "second", "init": "previous", "training": {"num_train_epochs": 2}},
+    {"name": "third", "init": "previous", "start": "first", "teacher": "first", "training": {"num_train_epochs": 4}},
+]
+
+
+def test_a_schedule_is_the_recipe_with_these_stages_only(tmp_path):
+    path = write(tmp_path, minimal(stages=STAGES))
+    recipe = Recipe.from_yaml(path, ["schedule=[second, first]"])
+    second = {"name": "second", "training": {"num_train_epochs": 2}}  # it comes first: it starts from the teacher
+    assert recipe == Recipe.from_dict(minimal(stages=[second, STAGES[0]]))
+    assert recipe.schedule == () and Recipe.from_dict(recipe.to_dict()) == recipe
+    assert Recipe.from_yaml(path, ["schedule=[first, third]"]).stages[1].start == "first"
+    whole = Recipe.from_yaml(path)
+    assert Recipe.from_yaml(path, ["schedule=[first, second, third]"]).fingerprint() == whole.fingerprint()
+    short = Recipe.from_yaml(path, ["schedule=[second, first]", "last_stage=second"])
+    assert [stage.name for stage in short.stages] == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("total", "schedule", "steps"),
+    [
+        (7, [], [1, 2, 4]),
+        (100, [], [14, 29, 57]),
+        (100, ["second"], [100]),
+        (10, ["first", "third"], [2, 8]),
+    ],
+)
+def test_stages_share_the_steps_by_their_epochs(tmp_path, total, schedule, steps):
+    recipe = Recipe.from_yaml(write(tmp_path, minimal(stages=STAGES, schedule=schedule, total_steps=total)))
+    assert [stage.training for stage in recipe.stages] == [{"max_steps": count} for count in steps]
+    assert sum(steps) == total and recipe.total_steps is None
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_old_recipes_keep_their_fingerprint():
+    """What recipes gained since is left out where it is unset."""
+    values = Recipe.from_dict(minimal()).portable()
+    assert not {"schedule", "total_steps"} & values.keys() and "start" not in values["stages"][0]
+    assert Recipe.from_dict(minimal(stages=STAGES)).portable()["stages"][2]["start"] == "first"
 
 
 def test_fingerprint_ignores_where_things_lie_and_how_numbers_are_written():
