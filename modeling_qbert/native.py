@@ -39,6 +39,7 @@ _SIGNATURES = {
     "qb_sums": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p]),
     "qb_linear": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int]),
     "qb_quantize": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 5]),
+    "qb_dense": (c_int, [*[c_void_p] * 4, c_int64, c_int64, c_void_p]),
     "qb_gelu": (None, [c_void_p, c_int64, c_int64]),
     "qb_layer_norm": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float]),
     "qb_attention": (c_int, [*[c_void_p] * 3, c_int64, c_int64, c_float, *[c_void_p] * 3]),
@@ -111,7 +112,7 @@ def _check(status: int) -> None:
 
 
 class Place(NamedTuple):
-    """How the numbers of one place become codes: a min-max range within clips, a fixed step above a floor, or signs."""
+    """How the numbers of one place become codes: a range within clips, a fixed step above a floor, or signs."""
 
     bits: int
     kind: int  # 0 asymmetric range, 1 symmetric range, 2 fixed step, 3 signs
@@ -204,6 +205,22 @@ class NativeWeight:
         inputs = _address(x, torch.int8, (rows, self.columns))
         scales = [_address(part, torch.float32, (rows, 1)) for part in (scale, offset)]
         _check(_library.qb_linear(self.handle, inputs, *scales, rows, y.data_ptr(), torch.get_num_threads()))
+        return y
+
+
+class NativeDense:
+    """A weight with the place where its input becomes codes."""
+
+    def __init__(self, weight: NativeWeight, place: Place):
+        self.weight, self.place = weight, place
+        self.numbers = _places([place], [weight.columns])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 (N, O) of the first tokens of a contiguous float32 (N, T, I)."""
+        rows, tokens, columns = x.shape
+        y = torch.empty(rows, self.weight.rows)
+        address = _address(x, torch.float32, (rows, tokens, self.weight.columns))
+        _check(_library.qb_dense(self.weight.handle, *self.numbers, address, tokens * columns, rows, y.data_ptr()))
         return y
 
 

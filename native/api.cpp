@@ -172,6 +172,28 @@ int qb_linear(const void* weight, const int8_t* x, float* scale, float* offset, 
     return kNoMemory;
 }
 
+// y (N, O) = the weight times rows x (N, I), `stride` floats apart, that become codes by a place.
+int qb_dense(const void* weight, const double* place, const float* const* shift, const float* x, int64_t stride,
+             int64_t rows, float* y) try {
+    const Weight& w = *static_cast<const Weight*>(weight);
+    const Activation activation = activation_of(place, shift[0]);
+    Buffer<int8_t> codes(rows * w.depth);
+    Buffer<int32_t> sums(rows * w.groups);
+    Buffer<float> scale(rows), offset(rows), wide(rows * w.padded_rows());
+    Buffer<uint8_t> operand(kernels().operand(w, activation.alphabet()));
+    const Codes laid{codes.get(), scale.get(), offset.get(), sums.get(), w.depth, w.groups, activation.alphabet(),
+                     operand.get()};
+    for (long row = 0; row < rows; ++row) {
+        const float* from = x + row * stride;
+        kernels().quantize(from, w.columns, kernels().range(from, w.columns), activation, w.group_columns, laid, row);
+    }
+    kernels().linear(w, laid, rows, 0, w.vectors, wide.get(), w.padded_rows());
+    for (long row = 0; row < rows; ++row) std::memcpy(y + row * w.rows, wide.get() + row * w.padded_rows(), w.rows * 4);
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
 // codes (N, I) int8, scale and offset (N) of x (N, I).
 int qb_quantize(const float* x, int64_t rows, int64_t columns, const double* place, const float* const* shift,
                 int8_t* codes, float* scale, float* offset) try {

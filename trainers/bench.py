@@ -43,9 +43,7 @@ SIMILAR = 0.98  # least correlation of logits with those of the full-precision m
 
 
 def _ternary(bits: str) -> Callable[[dict[str, int]], PreTrainedModel]:
-    return lambda sizes: TernaryBertForSequenceClassification(
-        TernaryBertConfig(**sizes, bits=bits, num_labels=LABELS)
-    )
+    return lambda sizes: TernaryBertForSequenceClassification(TernaryBertConfig(**sizes, bits=bits, num_labels=LABELS))
 
 
 def _binary(**fields: Any) -> Callable[[dict[str, int]], PreTrainedModel]:
@@ -206,7 +204,9 @@ def measure_shape(
         if name not in models or name == SHARED_WEIGHTS
     }
     times = interleaved({name: lambda answer=answer: answer(inputs) for name, answer in answers.items()}, rounds)
-    best = min((name for name in TO_BEAT if name in times), key=lambda name: statistics.median(times[name]), default=None)
+    best = min(
+        (name for name in TO_BEAT if name in times), key=lambda name: statistics.median(times[name]), default=None
+    )
     return {
         "ms": {name: 1000 * statistics.median(values) for name, values in times.items()},
         "least_ms": {name: 1000 * min(values) for name, values in times.items()},

@@ -111,7 +111,9 @@ def prepare_onnxruntime(model: PreTrainedModel, folder: Path, threads: int) -> A
                 opt_level=0,
             )
             if fused.get_fused_operator_statistics()["Attention"] != config.num_hidden_layers:
-                raise RuntimeError("ONNX Runtime's optimizer did not fuse every attention: it would be measured too slow")
+                raise RuntimeError(
+                    "ONNX Runtime's optimizer did not fuse every attention: it would be measured too slow"
+                )
             fused.save_model_to_file(str(folder / "fused.onnx"))
             quantize_dynamic(
                 folder / "fused.onnx",
