@@ -23,7 +23,7 @@ from .packing import packed_columns as row_bytes
 from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
 
 
-VERSION = 2  # of the C interface
+VERSION = 3  # of the C interface
 LEVELS = ("scalar", "avx2", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
@@ -34,6 +34,7 @@ _SIGNATURES = {
     "qb_best_level": (c_int, []),
     "qb_level": (c_int, []),
     "qb_set_level": (None, [c_int]),
+    "qb_use_openmp": (None, [c_void_p] * 3),
     "qb_weight_new": (c_void_p, [c_int, c_void_p, *[c_int64] * 5, c_void_p, c_void_p]),
     "qb_weight_free": (None, [c_void_p]),
     "qb_sums": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p]),
@@ -72,6 +73,29 @@ def _load() -> ctypes.CDLL:
 
 
 _library = _load()
+
+
+def _share_threads_with_torch() -> None:
+    """Hand the engine the OpenMP runtime that torch has loaded; where none is found it has threads of its own."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            files = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
+    except OSError:
+        return
+    packages = os.path.dirname(os.path.dirname(torch.__file__))  # torch's own copy lies in torch/lib or torch.libs
+    names = ("libgomp", "libiomp5", "libomp")
+    found = [path for path in files if os.path.basename(path).startswith(names)]
+    for path in sorted(found, key=lambda path: not path.startswith(packages)):
+        try:
+            runtime = ctypes.CDLL(path)
+            functions = [runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads]
+        except (OSError, AttributeError):
+            continue
+        _library.qb_use_openmp(*(ctypes.cast(function, c_void_p) for function in functions))
+        return
+
+
+_share_threads_with_torch()
 
 
 def _after_fork() -> None:

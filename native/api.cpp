@@ -117,11 +117,13 @@ struct Job {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int qb_version() { return 2; }
+int qb_version() { return 3; }
 
 int qb_best_level() { return best_level(); }
 
 int qb_level() { return level(); }
+
+void qb_use_openmp(void* parallel, void* thread, void* threads) { use_openmp(parallel, thread, threads); }
 
 void qb_set_level(int wanted) { set_level(static_cast<Level>(wanted)); }
 

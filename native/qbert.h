@@ -170,7 +170,8 @@ long packed_row_bytes(Layout, long columns);
 class Team {
  public:
     Team(int size) : size_(size) {}
-    int size() const { return size_; }
+    int size() const { return __atomic_load_n(&size_, __ATOMIC_RELAXED); }
+    void resize(int size) { __atomic_store_n(&size_, size, __ATOMIC_RELAXED); }  // before the first barrier
     void barrier();  // all threads of the team
 
  private:
@@ -178,6 +179,8 @@ class Team {
     alignas(64) int arrived_ = 0;
     alignas(64) int generation_ = 0;
 };
+// GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch uses.
+void use_openmp(void* parallel, void* thread, void* threads);
 // Runs body(context, thread, team) on up to `threads` threads, this one included. Which threads are there never
 // changes an answer: a pool in use elsewhere leaves the caller alone with the work.
 void run_team(int threads, void (*body)(void* context, int thread, Team& team), void* context);
