@@ -244,7 +244,7 @@ def thread_name(threads: int) -> str:
 def measure_pipeline(
     checkpoint: str, sentences: Sequence[str], threads: int, cache: Path, batches: Sequence[int] = (1, 32)
 ) -> dict[str, Any]:
-    """Sentences a second of a text classifier through Transformers' `pipeline`, sentences of mixed lengths as they come.
+    """Sentences a second of a text classifier through Transformers' `pipeline`, of mixed lengths as they come.
 
     The rival is ONNX Runtime int8 of the same weights behind the same pipeline: tokenizer, padding and post-processing
     are the same calls. Batches are padded to their longest sentence.
@@ -269,7 +269,7 @@ def measure_pipeline(
         same = sum(a == b for a, b in zip(*labels)) / len(sentences)
         if same < SAME_LABELS:
             raise DisagreementError(
-                f"{checkpoint}: {same:.1%} of the labels agree with ONNX Runtime's; no speed is kept"
+                f"{checkpoint}: only {same:.1%} of the labels are ONNX Runtime's; no speed is kept"
             )
         calls = {
             name: lambda pipe=pipe, batch=batch: pipe(list(sentences), batch_size=batch)
@@ -331,13 +331,13 @@ _PROCESSES = {  # (imports that do not count, load, one answer of 128 tokens)
 
 
 def measure_memory(network: str, threads: int, cache: Path) -> dict[str, Any]:
-    """MB (10^6 bytes) of peak resident memory over the imports, and seconds to load and to answer once, each in a fresh
-    process. Rivals whose files are not prepared in `cache` are left out of the answer by name."""
-    folder, prepare_ours_once = cache / network, prepare_ours([SHARED_WEIGHTS], network, cache)[SHARED_WEIGHTS]
+    """MB (10^6 bytes) of peak resident memory over the imports, and seconds to load and to answer once, the median of
+    three fresh processes each; `missing` names the rivals that are not installed."""
+    folder, shared = cache / network, prepare_ours([SHARED_WEIGHTS], network, cache)[SHARED_WEIGHTS]
     fp32 = folder / "fp32"
     if not fp32.is_dir():
-        prepare_ours_once.dequantize().save_pretrained(fp32)
-    _, missing = prepare_rivals(TO_BEAT, prepare_ours_once.dequantize(), folder, threads)
+        shared.dequantize().save_pretrained(fp32)
+    _, missing = prepare_rivals(TO_BEAT, shared.dequantize(), folder, threads)
     paths = {
         "packed": folder / SHARED_WEIGHTS,
         "packed, package imported": folder / SHARED_WEIGHTS,
@@ -422,8 +422,9 @@ def _render_memory(memory: Mapping[str, Any]) -> Iterable[str]:
                     f"| {network}, {threads} | peak memory over the imports | load | first answer |",
                     "| --- | --- | --- | --- |",
                     *(
-                        f"| {name} | {v['peak_mb']:.0f} MB | {v['load_seconds']:.2f} s | {v['first_answer_seconds']:.2f} s |"
-                        for name, v in rows.items()
+                        f"| {name} | {row['peak_mb']:.0f} MB | {row['load_seconds']:.2f} s "
+                        f"| {row['first_answer_seconds']:.2f} s |"
+                        for name, row in rows.items()
                     ),
                 ]
             )
@@ -481,3 +482,46 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
         axis.set_ylim(bottom=0)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def run(
+    output: str | Path,
+    cache: str | Path,
+    networks: Sequence[str],
+    threads: Sequence[int],
+    shapes: Sequence[str],
+    rounds: int = ROUNDS,
+    checkpoint: str | None = None,
+    sentences: str | Path | None = None,
+    memory: bool = False,
+) -> dict[str, Any]:
+    """Measure and merge into the JSON file: a checkpoint's pipeline over the sentences of a parquet file, peak memory,
+    or the speed of every candidate. Returns the whole report."""
+    output, cache = Path(output), Path(cache)
+    report: dict[str, Any] = {}
+    for count in threads:
+        if checkpoint is not None:
+            found = measure_pipeline(checkpoint, read_sentences(sentences), count, cache)
+            report = merge(output, "pipeline", Path(checkpoint).name, count, found)
+            continue
+        for network in networks:
+            if memory:
+                report = merge(output, "memory", network, count, measure_memory(network, count, cache))
+                continue
+            for shape in shapes:
+                cells = measure(network, count, [tuple(_numbers(shape))], cache, rounds=rounds)
+                report = merge(output, "speed", network, count, cells)
+    return report
+
+
+def read_sentences(path: str | Path | None, most: int = 256) -> list[str]:
+    """The first sentences of a parquet file with a column `sentence` or `text`."""
+    import pyarrow.parquet
+
+    if path is None:
+        raise ValueError("name a parquet file of sentences for the pipeline (--sentences)")
+    table = pyarrow.parquet.read_table(path)
+    names = [name for name in ("sentence", "text") if name in table.column_names]
+    if not names:
+        raise ValueError(f"{path}: expected a column 'sentence' or 'text', found {table.column_names}")
+    return table[names[0]].to_pylist()[:most]
