@@ -89,8 +89,8 @@ def _code_table(packing: str, device: torch.device) -> Tensor:
 def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, int, int] | None:
     """(row, column, count) of the first stored value outside the alphabet, non-zero pads included; None when clean.
 
-    Rows of planes are counted through. Rows are looked at in blocks: all of the word embedding would take several times
-    its own size.
+    Rows of planes are counted through. Rows are looked at in blocks: all of the word embedding would take several
+    times its own size.
     """
     first, count, begin = None, 0, 0
     for block in packed.flatten(0, -2).split(_CHECKED_ROWS):

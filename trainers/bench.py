@@ -374,7 +374,7 @@ def floor_ms(network: str, name: str, batch: int, tokens: int, threads: int) -> 
     if threads not in PEAKS or name == "W1A4":
         return None
     sizes = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072} | NETWORKS[network]
-    hidden, layers, wide = sizes.values()
+    hidden, layers, wide = (sizes[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
     weights = layers * (4 * hidden * hidden + 2 * hidden * wide)
     planes = 2 if "two planes" in name else 1
     peak = PEAKS[threads]
