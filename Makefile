@@ -3,7 +3,7 @@ PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint hf-tests
+.PHONY: demo test lint hf-tests cases sanitize bench
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -17,6 +17,17 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
+# Native products against plain integers, 100,000 random cases on every compiled path.
+cases: $(VENV)/dev.stamp
+	QBERT_CASES=100000 $(BIN)/python -m pytest tests/native/test_products.py
+
+# The native engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/dev.stamp
+	tests/native/sanitize.sh $(BIN)/python
+
+bench: $(VENV)/bench.stamp
+	$(BIN)/qbert bench --figure benchmarks/results/bench.png
+
 # Transformers' own model tests, an hour on two cores; HF_TESTS="-k TernaryBert" runs some. Counts: COUNTS.md beside them.
 hf-tests: $(VENV)/dev.stamp
 	$(BIN)/python tests/ecosystem/transformers_common/fetch.py .cache/transformers-tests
@@ -25,6 +36,7 @@ hf-tests: $(VENV)/dev.stamp
 
 $(VENV)/demo.stamp: EXTRAS = demo
 $(VENV)/dev.stamp: EXTRAS = demo,dev,onnx
+$(VENV)/bench.stamp: EXTRAS = demo,dev,onnx,bench
 
 # A stamp is as new as the environment; dev holds all that demo needs.
 $(VENV)/%.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)

@@ -1,4 +1,4 @@
-"""Packed inference and distillation in plain torch against full precision, as ratios in one process.
+"""Packed inference and distillation in plain torch, without the native engine, against full precision, as ratios.
 
     python benchmarks/torch_path.py [--model base|minilm] [--output benchmarks/results]
 
@@ -9,19 +9,23 @@ logits are not those of the fake-quant model. Peak memory is that of a fresh pro
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+
+os.environ["QBERT_CPU"] = "off"  # before the package is imported: plain torch is what is measured
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import modeling_qbert
 from modeling_qbert import TernaryBertConfig, TernaryBertForSequenceClassification
+from trainers.bench import interleaved, ratio
+from trainers.latency import cpu_name
 from trainers.losses import attention_scores_loss, hidden_states_loss, logits_loss
 from trainers.results import environment
 
@@ -31,39 +35,11 @@ SIZES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
 }
 SHAPES = ((1, 8), (1, 32), (1, 128), (8, 128))  # batch, tokens
-ROUNDS = 9
-BLOCK_SECONDS = 0.05
 
 
 def batch(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
     ids = torch.randint(1000, 20000, shape, generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Seconds a call, over a block of at least `BLOCK_SECONDS`."""
-    calls, start = 0, time.perf_counter()
-    while True:
-        call()
-        calls += 1
-        elapsed = time.perf_counter() - start
-        if elapsed >= BLOCK_SECONDS:
-            return elapsed / calls
-
-
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, after one warm-up."""
-    for call in candidates.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            times[name].append(timed(call))
-    return times
-
-
-def ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> float:
-    return statistics.median(a / b for a, b in zip(times[numerator], times[denominator]))
 
 
 @torch.no_grad()
@@ -164,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.answer_once:
         return answer_once(arguments.answer_once)
-    report = {**environment(), "cpu": _cpu_name(), "models": {}}
+    report = {**environment(), "cpu": cpu_name(), "models": {}}
     for size in SIZES if arguments.model == "all" else [arguments.model]:
         report["models"][size] = {
             "peak_memory_mb": peak_memory(size),
@@ -176,11 +152,6 @@ def main() -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {path}")
     return None
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Tokens that the mask hides are not computed: their rows of the last hidden state
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,11 +19,22 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
+from transformers.models.bert.modeling_bert import BertPooler
+from transformers.models.roberta.modeling_roberta import RobertaPooler
 from transformers.utils import logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .layers import FixedGELU, FixedLayerNorm, PackedEmbedding, PackedLinear
-from .ops import WHY_NOT_NATIVE, EmbeddingTables, LayerWeights, NativeEncoder, NativeWeight, place_of, supports
+from .ops import (
+    WHY_NOT_NATIVE,
+    EmbeddingTables,
+    LayerWeights,
+    NativeDense,
+    NativeEncoder,
+    NativeWeight,
+    place_of,
+    supports,
+)
 from .quantizers import ActivationQuantizer, LsqQuantizer
 
 
@@ -39,7 +51,8 @@ class _Engine:
     """The native encoder of one backbone and the tensors it was made of."""
 
     def __init__(self, model: nn.Module):
-        self.guards, self.hooks, self.children = [], [], []
+        self.hooks, self.children = [], []
+        self.stores, self.names, self.tensors = [], [], []
         for module in model.modules():
             self.children.append((module._modules, dict(module._modules)))
             if module is not model:
@@ -47,23 +60,30 @@ class _Engine:
             for store in (module._parameters, module._buffers):
                 for name, tensor in store.items():
                     if tensor is not None and tensor.dtype != torch.int64:
-                        self.guards.append((store, name, tensor, _version(tensor)))
+                        self.stores.append(store)
+                        self.names.append(name)
+                        self.tensors.append(tensor)
+        self.versions = _versions(self.tensors)
+        self.encoder = self.pooler = None
         try:
             self.encoder, self.why = _native_encoder(model), ""
+            self.pooler = _native_pooler(model)
         except _NotFusedError as error:
-            self.encoder, self.why = None, str(error)
+            self.why = str(error) if self.encoder is None else ""
 
     def __reduce__(self):
         return _nothing, ()
 
     def is_stale(self) -> bool:
-        """Whether a tensor or a module was replaced since, as by an adapter, or a tensor written to."""
+        """Whether a tensor or a module was replaced since, as by an adapter, or a tensor written to.
+
+        Asked at every call: small models spend as long here as in a layer, hence the loops in C.
+        """
         if any(now != before for now, before in self.children):
             return True
-        return any(
-            store.get(name) is not tensor or _version(tensor) != version
-            for store, name, tensor, version in self.guards
-        )
+        if any(map(operator.is_not, map(dict.get, self.stores, self.names), self.tensors)):
+            return True
+        return _versions(self.tensors) != self.versions
 
     def is_watched(self) -> bool:
         """Whether a hook inside expects to be called."""
@@ -78,9 +98,16 @@ def _nothing() -> None:
     return None
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
+def _versions(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
     """Changes with every write, and where `.data` is replaced, as a cast of the model does."""
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+    try:
+        writes = list(map(_get_version, tensors))
+    except RuntimeError:  # tensors of inference mode count no writes
+        writes = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    return writes, list(map(Tensor.data_ptr, tensors))
+
+
+_get_version = operator.attrgetter("_version")
 
 
 def fused(forward: Callable) -> Callable:
@@ -150,10 +177,16 @@ def _answer(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     if isinstance(model, ElectraModel):
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
     else:
-        pooled = None if model.pooler is None else model.pooler(last)
+        pooled = None if model.pooler is None else _pool(model.pooler, engine, last)
         output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=last, pooler_output=pooled)
     as_dict = given.get("return_dict", getattr(config, "return_dict", True))
     return output.to_tuple() if as_dict is False else output
+
+
+def _pool(pooler: nn.Module, engine: _Engine, last: Tensor) -> Tensor:
+    if engine.pooler is None or pooler._forward_hooks or pooler._forward_pre_hooks:
+        return pooler(last)
+    return pooler.activation(engine.pooler(last))
 
 
 _RECORDED = ("hidden_states", "attentions", "cross_attentions")
@@ -210,10 +243,20 @@ def _native_encoder(model: nn.Module) -> "NativeEncoder":
     )
 
 
+def _native_pooler(model: nn.Module) -> "NativeDense | None":
+    """The dense layer of the pooler; None where torch computes it."""
+    pooler = getattr(model, "pooler", None)
+    if type(pooler) not in (BertPooler, RobertaPooler) or type(pooler.dense) is not PackedLinear:
+        return None
+    return NativeDense(_weight([pooler.dense]), _place("pooler", pooler.dense.activation))
+
+
 def _expect(module: nn.Module, kind: type) -> Any:
     if type(module) is not kind:
         raise _NotFusedError(f"it needs {kind.__name__}, found {type(module).__name__}")
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor is getattr(module, "weight_scale", None) and tensor.device.type == "cpu":
+            continue  # of a type of its own, which no cast changes
         if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.uint8):
             raise _NotFusedError(f"it needs float32 on the CPU, found {tensor.dtype} on {tensor.device}")
     return module
@@ -260,8 +303,6 @@ def _place(name: str, quantizer: Any) -> Any:
     inner = getattr(quantizer, "dynamic", quantizer)
     if not isinstance(inner, ActivationQuantizer | LsqQuantizer) or getattr(inner, "per_tensor", False):
         raise _NotFusedError("it needs quantized activations, with ranges per token or learned steps")
-    if getattr(inner, "signs", False):
-        raise _NotFusedError("the engine has no elastic binarization of activations")
     return place_of(quantizer, signed=name != "probability")
 
 
@@ -274,7 +315,7 @@ def _weight(layers: list[nn.Module]) -> "NativeWeight":
     groups = layers[0].weight_scale.shape[-1]
     if not supports(packing, groups, spec.group_size):
         raise _NotFusedError(f"it takes no layout {packing} in {groups} groups of {spec.group_size} columns")
-    scales = [layer.weight_scale.view(spec.planes, -1, groups) for layer in layers]
+    scales = [layer.weight_scale.float().view(spec.planes, -1, groups) for layer in layers]
     scales = [scale.expand(-1, layer.out_features, -1) for scale, layer in zip(scales, layers)]
     biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
     return NativeWeight(

@@ -23,7 +23,7 @@ from .packing import packed_columns as row_bytes
 from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
 
 
-VERSION = 1  # of the C interface
+VERSION = 3  # of the C interface
 LEVELS = ("scalar", "avx2", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
@@ -34,17 +34,19 @@ _SIGNATURES = {
     "qb_best_level": (c_int, []),
     "qb_level": (c_int, []),
     "qb_set_level": (None, [c_int]),
+    "qb_use_openmp": (None, [c_void_p] * 3),
     "qb_weight_new": (c_void_p, [c_int, c_void_p, *[c_int64] * 5, c_void_p, c_void_p]),
     "qb_weight_free": (None, [c_void_p]),
     "qb_sums": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p]),
     "qb_linear": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int]),
-    "qb_quantize": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 4]),
+    "qb_quantize": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 5]),
+    "qb_dense": (c_int, [*[c_void_p] * 4, c_int64, c_int64, c_void_p]),
     "qb_gelu": (None, [c_void_p, c_int64, c_int64]),
     "qb_layer_norm": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float]),
-    "qb_attention": (c_int, [*[c_void_p] * 3, c_int64, c_int64, c_float, c_void_p, c_void_p]),
+    "qb_attention": (c_int, [*[c_void_p] * 3, c_int64, c_int64, c_float, *[c_void_p] * 3]),
     "qb_encoder_new": (c_void_p, [*[c_int64] * 5, c_int, c_float]),
     "qb_encoder_free": (None, [c_void_p]),
-    "qb_encoder_layer": (c_int, [c_void_p, c_int64, *[c_void_p] * 9, c_float]),
+    "qb_encoder_layer": (c_int, [c_void_p, c_int64, *[c_void_p] * 10, c_float]),
     "qb_encoder_embedding": (c_int, [c_void_p, c_int, *[c_void_p] * 7, c_float]),
     "qb_encoder_forward": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 5, c_int64, c_void_p, c_int]),
 }
@@ -71,6 +73,29 @@ def _load() -> ctypes.CDLL:
 
 
 _library = _load()
+
+
+def _share_threads_with_torch() -> None:
+    """Hand the engine the OpenMP runtime that torch has loaded; where none is found it has threads of its own."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            files = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
+    except OSError:
+        return
+    packages = os.path.dirname(os.path.dirname(torch.__file__))  # torch's own copy lies in torch/lib or torch.libs
+    names = ("libgomp", "libiomp5", "libomp")
+    found = [path for path in files if os.path.basename(path).startswith(names)]
+    for path in sorted(found, key=lambda path: not path.startswith(packages)):
+        try:
+            runtime = ctypes.CDLL(path)
+            functions = [runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads]
+        except (OSError, AttributeError):
+            continue
+        _library.qb_use_openmp(*(ctypes.cast(function, c_void_p) for function in functions))
+        return
+
+
+_share_threads_with_torch()
 
 
 def _after_fork() -> None:
@@ -111,10 +136,10 @@ def _check(status: int) -> None:
 
 
 class Place(NamedTuple):
-    """How the numbers of one place become codes: a min-max range within clips, or a fixed step above a floor."""
+    """How the numbers of one place become codes: a range within clips, a fixed step above a floor, or signs."""
 
     bits: int
-    kind: int  # 0 asymmetric range, 1 symmetric range, 2 fixed step
+    kind: int  # 0 asymmetric range, 1 symmetric range, 2 fixed step, 3 signs
     clip_low: float = -math.inf
     clip_high: float = math.inf
     step: float = 1.0
@@ -122,12 +147,15 @@ class Place(NamedTuple):
     least: int = 0
     most: int = 0
     less: int = 0  # taken off a code so that it fits int8
+    shift: Tensor | None = None  # of signs: float32, what each column is compared with
 
 
 def place_of(quantizer: ActivationQuantizer | LsqQuantizer | PactQuantizer, signed: bool = True) -> Place:
     """The engine's form of a quantizer; codes of probabilities stay unsigned (`signed` False)."""
     if isinstance(quantizer, LsqQuantizer):
         step = float(quantizer.step.detach().clamp_min(MIN_STEP))
+        if quantizer.signs:
+            return Place(1, 3, step=step, shift=quantizer.shift.detach())
         less = 128 if signed and quantizer.most > 127 else 0
         bits = (quantizer.most - quantizer.least).bit_length()
         return Place(bits, 2, -math.inf, math.inf, step, quantizer.low or 0.0, quantizer.least, quantizer.most, less)
@@ -138,8 +166,11 @@ def place_of(quantizer: ActivationQuantizer | LsqQuantizer | PactQuantizer, sign
     return Place(quantizer.bits, int(quantizer.symmetric))
 
 
-def _places(places: Sequence[Place]) -> ctypes.Array:
-    return (c_double * (len(Place._fields) * len(places)))(*[number for place in places for number in place])
+def _places(places: Sequence[Place], columns: Sequence[int]) -> tuple[ctypes.Array, ctypes.Array]:
+    """Numbers of places and addresses of their shifts, one for each column."""
+    numbers = [number for place in places for number in place[:-1]]
+    shifts = [_address(place.shift, torch.float32, (count,)) for place, count in zip(places, columns, strict=True)]
+    return (c_double * len(numbers))(*numbers), (c_void_p * len(shifts))(*shifts)
 
 
 class NativeWeight:
@@ -201,6 +232,22 @@ class NativeWeight:
         return y
 
 
+class NativeDense:
+    """A weight with the place where its input becomes codes."""
+
+    def __init__(self, weight: NativeWeight, place: Place):
+        self.weight, self.place = weight, place
+        self.numbers = _places([place], [weight.columns])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 (N, O) of the first tokens of a contiguous float32 (N, T, I)."""
+        rows, tokens, columns = x.shape
+        y = torch.empty(rows, self.weight.rows)
+        address = _address(x, torch.float32, (rows, tokens, self.weight.columns))
+        _check(_library.qb_dense(self.weight.handle, *self.numbers, address, tokens * columns, rows, y.data_ptr()))
+        return y
+
+
 def supports(layout: str, groups: int = 1, group_size: int = 0) -> bool:
     """Whether the engine has this layout, and scales shared by groups of this size."""
     return layout in LAYOUTS and (groups == 1 or group_size % (32 if layout == "1bit" else 16) == 0)
@@ -211,7 +258,7 @@ def quantize(x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8)
     scale, offset = torch.empty(x.shape[0], 1), torch.empty(x.shape[0], 1)
     outputs = (codes.data_ptr(), scale.data_ptr(), offset.data_ptr())
-    _check(_library.qb_quantize(_address(x, torch.float32), *x.shape, _places([place]), *outputs))
+    _check(_library.qb_quantize(_address(x, torch.float32), *x.shape, *_places([place], x.shape[1:]), *outputs))
     return codes, scale, offset
 
 
@@ -234,7 +281,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, places:
     """Quantized attention of one head of one sentence, float32 (T, D) each; places of the three and probabilities."""
     context = torch.empty_like(query)
     inputs = [_address(part, torch.float32, query.shape) for part in (query, key, value)]
-    _check(_library.qb_attention(*inputs, *query.shape, scaling, _places(places), context.data_ptr()))
+    of_places = _places(places, [query.shape[1]] * 3 + [0])
+    _check(_library.qb_attention(*inputs, *query.shape, scaling, *of_places, context.data_ptr()))
     return context
 
 
@@ -300,10 +348,11 @@ class NativeEncoder:
                 if (weight.rows, weight.columns) != shape:
                     found = [weight.rows, weight.columns]
                     raise ValueError(f"layer {index}: {name} must be {list(shape)}, found {found}")
+            columns = (hidden, head_size, head_size, head_size, 0, heads * head_size, hidden, intermediate)
+            places = _places(layer.places, columns)
             norms = [_address(part, torch.float32, (hidden,)) for part in (*layer.attention_norm, *layer.output_norm)]
             handles = [weight.release() for weight in weights]
-            places = _places(layer.places)
-            _check(_library.qb_encoder_layer(self.handle, index, places, *handles, *norms, epsilon))
+            _check(_library.qb_encoder_layer(self.handle, index, *places, *handles, *norms, epsilon))
         self.tables = embedding  # the engine reads their memory
         if embedding is not None:
             tables = (embedding.types, embedding.positions)

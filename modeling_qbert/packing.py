@@ -89,9 +89,23 @@ def _code_table(packing: str, device: torch.device) -> Tensor:
 def find_invalid_code(packed: Tensor, columns: int, packing: str) -> tuple[int, int, int] | None:
     """(row, column, count) of the first stored value outside the alphabet, non-zero pads included; None when clean.
 
-    Rows of planes are counted through.
+    Rows of planes are counted through. Rows are looked at in blocks: all of the word embedding would take several
+    times its own size.
     """
-    packed = packed.flatten(0, -2)
+    first, count, begin = None, 0, 0
+    for block in packed.flatten(0, -2).split(_CHECKED_ROWS):
+        found = _find_in_block(block, columns, packing)
+        if found is not None:
+            first = first or (begin + found[0], found[1])
+            count += found[2]
+        begin += len(block)
+    return None if first is None else (*first, count)
+
+
+_CHECKED_ROWS = 4096
+
+
+def _find_in_block(packed: Tensor, columns: int, packing: str) -> tuple[int, int, int] | None:
     if packing == "1bit":
         bad = torch.zeros_like(packed, dtype=torch.bool)
     elif packing == "int8":

@@ -67,21 +67,22 @@ class Rows {
             for (long c = 0; c < w.columns; ++c) {
                 const int code = x[row * w.columns + c];
                 sums_[row * w.groups + (w.groups == 1 ? 0 : c / w.group_columns)] += code;
-                least_ = std::min(least_, code), most_ = std::max(most_, code);
+                alphabet_.least = std::min(alphabet_.least, code), alphabet_.most = std::max(alphabet_.most, code);
+                alphabet_.signs &= code == 1 || code == -1;
             }
         }
     }
 
     // With room of its own for the operand.
     Codes codes(const Weight& w, float* scale, float* offset, Buffer<uint8_t>& operand) const {
-        operand.reset(kernels().operand(w, least_, most_));
-        return {codes_.get(), scale, offset, sums_.get(), w.depth, w.groups, least_, most_, operand.get()};
+        operand.reset(kernels().operand(w, alphabet_));
+        return {codes_.get(), scale, offset, sums_.get(), w.depth, w.groups, alphabet_, operand.get()};
     }
 
  private:
     Buffer<int8_t> codes_;
     Buffer<int32_t> sums_;
-    int least_ = 0, most_ = 0;
+    Alphabet alphabet_{0, 0, true};
 };
 
 void set_norm(LayerNorm& norm, const float* weight, const float* bias, float epsilon, long columns) {
@@ -94,12 +95,13 @@ void set_norm(LayerNorm& norm, const float* weight, const float* bias, float eps
 // bits, kind, clips, step, floor, least, most, less: native.py writes a place as these numbers.
 constexpr int kNumbersOfPlace = 9;
 
-Activation activation_of(const double* numbers) {
+Activation activation_of(const double* numbers, const float* shift) {
     Activation a;
     a.bits = static_cast<int>(numbers[0]), a.kind = static_cast<int>(numbers[1]);
     a.clip_low = static_cast<float>(numbers[2]), a.clip_high = static_cast<float>(numbers[3]);
     a.step = static_cast<float>(numbers[4]), a.floor = static_cast<float>(numbers[5]);
     a.least = static_cast<int>(numbers[6]), a.most = static_cast<int>(numbers[7]), a.less = static_cast<int>(numbers[8]);
+    a.shift = shift;
     return a;
 }
 
@@ -115,11 +117,13 @@ struct Job {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int qb_version() { return 1; }
+int qb_version() { return 3; }
 
 int qb_best_level() { return best_level(); }
 
 int qb_level() { return level(); }
+
+void qb_use_openmp(void* parallel, void* thread, void* threads) { use_openmp(parallel, thread, threads); }
 
 void qb_set_level(int wanted) { set_level(static_cast<Level>(wanted)); }
 
@@ -170,12 +174,34 @@ int qb_linear(const void* weight, const int8_t* x, float* scale, float* offset, 
     return kNoMemory;
 }
 
+// y (N, O) = the weight times rows x (N, I), `stride` floats apart, that become codes by a place.
+int qb_dense(const void* weight, const double* place, const float* const* shift, const float* x, int64_t stride,
+             int64_t rows, float* y) try {
+    const Weight& w = *static_cast<const Weight*>(weight);
+    const Activation activation = activation_of(place, shift[0]);
+    Buffer<int8_t> codes(rows * w.depth);
+    Buffer<int32_t> sums(rows * w.groups);
+    Buffer<float> scale(rows), offset(rows), wide(rows * w.padded_rows());
+    Buffer<uint8_t> operand(kernels().operand(w, activation.alphabet()));
+    const Codes laid{codes.get(), scale.get(), offset.get(), sums.get(), w.depth, w.groups, activation.alphabet(),
+                     operand.get()};
+    for (long row = 0; row < rows; ++row) {
+        const float* from = x + row * stride;
+        kernels().quantize(from, w.columns, kernels().range(from, w.columns), activation, w.group_columns, laid, row);
+    }
+    kernels().linear(w, laid, rows, 0, w.vectors, wide.get(), w.padded_rows());
+    for (long row = 0; row < rows; ++row) std::memcpy(y + row * w.rows, wide.get() + row * w.padded_rows(), w.rows * 4);
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
 // codes (N, I) int8, scale and offset (N) of x (N, I).
-int qb_quantize(const float* x, int64_t rows, int64_t columns, const double* place, int8_t* codes, float* scale,
-                float* offset) try {
+int qb_quantize(const float* x, int64_t rows, int64_t columns, const double* place, const float* const* shift,
+                int8_t* codes, float* scale, float* offset) try {
     Buffer<int32_t> sums(rows);
-    const Codes out{codes, scale, offset, sums.get(), columns, 1, 0, 0, nullptr};
-    const Activation activation = activation_of(place);
+    const Codes out{codes, scale, offset, sums.get(), columns, 1, {}, nullptr};
+    const Activation activation = activation_of(place, shift[0]);
     for (long row = 0; row < rows; ++row)
         kernels().quantize(x + row * columns, columns, kernels().range(x + row * columns, columns), activation, columns,
                            out, row);
@@ -199,10 +225,10 @@ int qb_layer_norm(float* x, int64_t rows, int64_t columns, const float* weight, 
 
 // context (T, D) of query, key, value (T, D); places of the three and of the probabilities.
 int qb_attention(const float* query, const float* key, const float* value, int64_t tokens, int64_t size, float scaling,
-                 const double* places, float* context) try {
+                 const double* places, const float* const* shifts, float* context) try {
     Buffer<uint8_t> scratch(attention_scratch(tokens, size));
     Activation of[4];
-    for (int i = 0; i < 4; ++i) of[i] = activation_of(places + i * kNumbersOfPlace);
+    for (int i = 0; i < 4; ++i) of[i] = activation_of(places + i * kNumbersOfPlace, shifts[i]);
     kernels().attention({query, key, value, size, context, size, tokens, size, scaling, &of[0], &of[1], &of[2], &of[3],
                          scratch.get()});
     return kDone;
@@ -224,17 +250,29 @@ void* qb_encoder_new(int64_t layers, int64_t hidden, int64_t heads, int64_t head
 
 void qb_encoder_free(void* encoder) { delete static_cast<Encoder*>(encoder); }
 
-// Takes the four weights: query over key over value, attention output, up and down. Places are in the order of Place.
-int qb_encoder_layer(void* encoder, int64_t index, const double* places, void* query_key_value, void* output, void* up, void* down,
-                     const float* attention_weight, const float* attention_bias, const float* output_weight,
-                     const float* output_bias, float epsilon) try {
+// Takes the four weights: query over key over value, attention output, up and down. Places are in the order of Place;
+// shifts are null or one number for each column, of query, key and value for each of a head.
+int qb_encoder_layer(void* encoder, int64_t index, const double* places, const float* const* shifts,
+                     void* query_key_value, void* output, void* up, void* down, const float* attention_weight,
+                     const float* attention_bias, const float* output_weight, const float* output_bias,
+                     float epsilon) try {
     Encoder& e = *static_cast<Encoder*>(encoder);
     Layer& layer = e.layers[index];
     layer.query_key_value.reset(static_cast<Weight*>(query_key_value));
     layer.output.reset(static_cast<Weight*>(output));
     layer.up.reset(static_cast<Weight*>(up));
     layer.down.reset(static_cast<Weight*>(down));
-    for (int i = 0; i < kPlaces; ++i) layer.places[i] = activation_of(places + i * kNumbersOfPlace);
+    for (int i = 0; i < kPlaces; ++i) {
+        if (shifts[i]) {
+            const long columns = i == kInput || i == kHidden ? e.hidden
+                                 : i == kContext             ? e.heads * e.head_size
+                                 : i == kFeature             ? e.intermediate
+                                                             : e.head_size;
+            layer.shifts[i].reset(columns);
+            std::memcpy(layer.shifts[i].get(), shifts[i], columns * 4);
+        }
+        layer.places[i] = activation_of(places + i * kNumbersOfPlace, layer.shifts[i].get());
+    }
     set_norm(layer.after_attention, attention_weight, attention_bias, epsilon, e.hidden);
     set_norm(layer.after_feed_forward, output_weight, output_bias, epsilon, e.hidden);
     return kDone;

@@ -85,7 +85,7 @@ struct Wave {
 
 Codes at_row(const Codes& codes, long row) {
     return {codes.codes + row * codes.depth, codes.scale + row,  codes.offset + row,
-            codes.sums + row * codes.groups, codes.depth,        codes.groups, codes.least, codes.most, codes.operand};
+            codes.sums + row * codes.groups, codes.depth,        codes.groups, codes.alphabet, codes.operand};
 }
 
 
@@ -132,14 +132,14 @@ class Worker {
         const Activation& place = layer.places[kInput];
         return {scratch_.codes.get(),  scratch_.scale.get(), scratch_.offset.get(),
                 scratch_.sums.get(),   w.depth,              w.groups,
-                place.lowest_code(),   place.highest_code(), own_.operand.get()};
+                place.alphabet(),      own_.operand.get()};
     }
 
     // Codes of one block for any other.
     Codes block_codes(const Weight& w, const Activation& place) {
         return {own_.codes.get(),    own_.scale.get(),     own_.offset.get(),
                 own_.sums.get(),     w.depth,              w.groups,
-                place.lowest_code(), place.highest_code(), own_.operand.get()};
+                place.alphabet(),    own_.operand.get()};
     }
 
     void quantize(const Weight& w, const Activation& place, const float* values, Range range, const Codes& codes,
@@ -251,10 +251,8 @@ void make_room(const Encoder& encoder, Scratch& s, long rows, long longest, int 
                                                             {layer.output.get(), kContext},
                                                             {layer.up.get(), kHidden},
                                                             {layer.down.get(), kFeature}};
-        for (const auto& [w, place] : products) {
-            const Activation& codes = layer.places[place];
-            operand = std::max(operand, kernels().operand(*w, codes.lowest_code(), codes.highest_code()));
-        }
+        for (const auto& [w, place] : products)
+            operand = std::max(operand, kernels().operand(*w, layer.places[place].alphabet()));
         for (const Weight* w : {layer.query_key_value.get(), layer.output.get(), layer.up.get(), layer.down.get()}) {
             depth = std::max(depth, w->depth);
             groups = std::max(groups, w->groups);

@@ -12,6 +12,7 @@ enum Place { kInput, kQuery, kKey, kValue, kProbability, kContext, kHidden, kFea
 
 struct Layer {
     Activation places[kPlaces];
+    Buffer<float> shifts[kPlaces];
     std::unique_ptr<Weight> query_key_value, output, up, down;
     LayerNorm after_attention, after_feed_forward;
 };

@@ -66,13 +66,14 @@ struct Target {
     const int32_t* row_sums;                         // sums of the codes of x, `groups` apart
     long groups;
     int zero;
-    bool is_signed;  // of codes of 1 or 2 bits
+    bool is_signed;   // of codes of 1 or 2 bits
+    int32_t columns;  // of the term where sums of signs are twice a count of equal ones, otherwise 0
 };
 
 template <int MR, int NV>
 QB_INLINE void store_sums(const Target& t, __m512i (&sums)[MR][NV]) {
     QB_UNROLL for (int r = 0; r < MR; ++r) {
-        const __m512i correction = _mm512_set1_epi32(t.zero * t.row_sums[r * t.groups]);
+        const __m512i correction = _mm512_set1_epi32(t.columns ? t.columns : t.zero * t.row_sums[r * t.groups]);
         if (t.sums) {
             QB_UNROLL for (int v = 0; v < NV; ++v)
                 _mm512_storeu_si512(t.sums + r * t.stride + v * 16, _mm512_sub_epi32(sums[r][v], correction));
@@ -117,7 +118,7 @@ constexpr Product kTable[4][6] = {
 // How a weight and the codes of an activation meet.
 struct Way {
     enum { kBytes, kTables, kCounts } kind = kBytes;
-    int parts = 1;     // sets of tables, or planes
+    int parts = 1;     // sets of tables; planes, of which 0 means one of signs
     long piece_bytes;   // of a row of the operand per 64-byte piece of a vector of the weight
     int most_vectors;   // of a block of 1 or 2 rows and of more
     int few_vectors = 6;
@@ -126,12 +127,17 @@ struct Way {
 
 constexpr long kOperandRows = 16;  // rows whose tables stay in L2
 
-inline Way way_of(const Weight& w, int least, int most) {
+inline Way way_of(const Weight& w, const Alphabet& alphabet) {
+    const auto [least, most, signs] = alphabet;
     Way way;
     way.most_vectors = 4;
     way.piece_bytes = 32 / w.bits;  // the codes themselves: 4 columns of 16 rows are 64 * w.bits / 8 bytes
     const bool small = least >= -15 && most <= 15;
-    if (w.bits == 1 && (least >= 0 ? most <= 3 : least >= -2 && most <= 1)) {
+    if (w.bits == 1 && signs) {
+        way.kind = Way::kCounts;
+        way.parts = 0;
+        way.piece_bytes = 4;
+    } else if (w.bits == 1 && (least >= 0 ? most <= 3 : least >= -2 && most <= 1)) {
         way.kind = Way::kCounts;
         way.is_signed = least < 0;
         way.parts = (least >= 0 ? most <= 1 : least >= -1 && most <= 0) ? 1 : 2;
@@ -148,7 +154,8 @@ inline Way way_of(const Weight& w, int least, int most) {
 QB_TARGET void build_operand(const Weight& w, const Way& way, const int8_t* x, uint8_t* out) {
     if (way.kind == Way::kCounts) {
         const long pieces = w.depth / 32;
-        if (way.parts == 1) build_planes<1>(x, pieces, out);
+        if (way.parts == 0) build_planes<0>(x, pieces, out);
+        else if (way.parts == 1) build_planes<1>(x, pieces, out);
         else build_planes<2>(x, pieces, out);
     } else if (w.bits == 2) {
         build_tables<2, 1>(x, w.depth / 16, out);
@@ -161,7 +168,8 @@ QB_TARGET void build_operand(const Weight& w, const Way& way, const int8_t* x, u
 
 inline Product product_of(const Weight& w, const Way& way, long rows, long vectors) {
     const long r = rows - 1, v = vectors - 1;
-    if (way.kind == Way::kCounts) return way.parts == 1 ? kCountProducts[r][v] : kCountTwoProducts[r][v];
+    if (way.kind == Way::kCounts)
+        return way.parts == 0 ? kCountProducts<0>[r][v] : way.parts == 1 ? kCountProducts<1>[r][v] : kCountTwoProducts[r][v];
     if (way.kind == Way::kTables) return way.parts == 1 ? kTableProducts<1>[r][v] : kTableProducts<2>[r][v];
     return w.bits == 8 ? kTable<8>[r][v] : kTable<2>[r][v];
 }
@@ -188,6 +196,8 @@ QB_TARGET void term(const Weight& w, const Way& way, long plane, long group, con
         here.weight_sums = w.sums.get() + at + output;
         here.bias = plane + group == 0 ? w.bias.get() + output : nullptr;
         here.row_sums = t.row_sums + group;
+        if (way.kind == Way::kCounts && way.parts == 0)
+            here.columns = static_cast<int32_t>((group + 1 == w.groups ? w.columns : end) - begin);
         block.codes = codes + vector * w.vector_bytes();
         block.next = block.codes + vectors * w.vector_bytes();
         block.x = x;
@@ -212,8 +222,8 @@ Target target_of(const Weight& w, const Way& way, const Codes& x) {
     return t;
 }
 
-long operand_avx512(const Weight& w, int least, int most) {
-    const Way way = way_of(w, least, most);
+long operand_avx512(const Weight& w, const Alphabet& alphabet) {
+    const Way way = way_of(w, alphabet);
     return way.kind == Way::kBytes ? 0 : kOperandRows * (w.vector_bytes() / 64 * way.piece_bytes);
 }
 
@@ -231,7 +241,7 @@ QB_TARGET long operand_of(const Weight& w, const Way& way, const Codes& x, long 
 }
 
 QB_TARGET void sums_avx512(const Weight& w, long plane, long group, const Codes& x, long rows, int32_t* out) {
-    const Way way = way_of(w, x.least, x.most);
+    const Way way = way_of(w, x.alphabet);
     const long row_bytes = w.vector_bytes() / 64 * way.piece_bytes;
     const uint8_t* operand;
     for (long row = 0, count; row < rows; row += count) {
@@ -243,7 +253,7 @@ QB_TARGET void sums_avx512(const Weight& w, long plane, long group, const Codes&
 }
 
 QB_TARGET void linear_avx512(const Weight& w, const Codes& x, long rows, long first, long last, float* y, long stride) {
-    const Way way = way_of(w, x.least, x.most);
+    const Way way = way_of(w, x.alphabet);
     const long row_bytes = w.vector_bytes() / 64 * way.piece_bytes;
     const uint8_t* operand;
     for (long row = 0, count; row < rows; row += count) {

@@ -61,7 +61,7 @@ QB_INLINE void term_of(const Weight& w, long plane, long group, const Codes& x, 
     else term<1>(w, plane, group, x, rows, first, last, out, y, stride);
 }
 
-long operand_blocks(const Weight&, int, int) { return 0; }
+long operand_blocks(const Weight&, const Alphabet&) { return 0; }
 
 QB_TARGET void sums_blocks(const Weight& w, long plane, long group, const Codes& x, long rows, int32_t* out) {
     term_of(w, plane, group, x, rows, 0, w.vectors, out, nullptr, 0);

@@ -77,7 +77,13 @@ struct Range {
     float low, high;
 };
 
-enum Kind { kAsymmetric = 0, kSymmetric = 1, kStep = 2 };
+enum Kind { kAsymmetric = 0, kSymmetric = 1, kStep = 2, kSigns = 3 };
+
+// Which codes there are; `signs`: -1 and +1 alone. It decides how codes are multiplied.
+struct Alphabet {
+    int least, most;
+    bool signs;
+};
 
 // How the numbers of one place become codes: quantizers.ActivationQuantizer, PactQuantizer and LsqQuantizer.
 struct Activation {
@@ -86,9 +92,13 @@ struct Activation {
     float clip_low = -__builtin_inff(), clip_high = __builtin_inff();  // numbers are held between them first
     float step = 1, floor = 0;  // of kStep: code = (x - floor) / step, held in [least, most], then less `less`
     int least = -128, most = 127, less = 0;
+    const float* shift = nullptr;  // of kSigns: code +1 where x is at least its column's shift, otherwise -1
 
-    int lowest_code() const { return kind == kStep ? least - less : -(1 << (bits - 1)); }
-    int highest_code() const { return kind == kStep ? most - less : (1 << (bits - 1)) - 1; }
+    Alphabet alphabet() const {
+        if (kind == kSigns) return {-1, 1, true};
+        if (kind == kStep) return {least - less, most - less, false};
+        return {-(1 << (bits - 1)), (1 << (bits - 1)) - 1, false};
+    }
 };
 
 // Quantized rows: codes (N, depth) int8, the pad 0; scale and offset (N), sums of codes (N, G).
@@ -99,7 +109,7 @@ struct Codes {
     int32_t* sums;
     long depth;
     long groups;
-    int least, most;   // bounds of the codes, which decide how they are multiplied
+    Alphabet alphabet;
     uint8_t* operand;  // Kernels::operand bytes of a thread's own
 };
 
@@ -124,8 +134,8 @@ struct Head {
 
 // One compiled path. Every path gives the same bits.
 struct Kernels {
-    // Bytes in which a product with codes of these bounds keeps the form of x that it multiplies.
-    long (*operand)(const Weight&, int least, int most);
+    // Bytes in which a product with such codes keeps the form of x that it multiplies.
+    long (*operand)(const Weight&, const Alphabet&);
     // out (N, padded rows): exact sums of the codes of one term.
     void (*sums)(const Weight&, long plane, long group, const Codes& x, long rows, int32_t* out);
     // y (N, stride) = bias + the sum over terms of offset * sums + products * (scale * scale), of vectors [first, last).
@@ -160,7 +170,8 @@ long packed_row_bytes(Layout, long columns);
 class Team {
  public:
     Team(int size) : size_(size) {}
-    int size() const { return size_; }
+    int size() const { return __atomic_load_n(&size_, __ATOMIC_RELAXED); }
+    void resize(int size) { __atomic_store_n(&size_, size, __ATOMIC_RELAXED); }  // before the first barrier
     void barrier();  // all threads of the team
 
  private:
@@ -168,6 +179,8 @@ class Team {
     alignas(64) int arrived_ = 0;
     alignas(64) int generation_ = 0;
 };
+// GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch uses.
+void use_openmp(void* parallel, void* thread, void* threads);
 // Runs body(context, thread, team) on up to `threads` threads, this one included. Which threads are there never
 // changes an answer: a pool in use elsewhere leaves the caller alone with the work.
 void run_team(int threads, void (*body)(void* context, int thread, Team& team), void* context);

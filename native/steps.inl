@@ -5,10 +5,9 @@
 
 typedef float f8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float f16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i8x __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int8_t c16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint8_t u8x __attribute__((vector_size(8), aligned(1), may_alias));
+typedef uint8_t u16x __attribute__((vector_size(16), aligned(1), may_alias));
 typedef double d8 __attribute__((vector_size(64), aligned(8), may_alias));
 typedef int64_t l8 __attribute__((vector_size(64), aligned(8), may_alias));
 
@@ -54,15 +53,22 @@ QB_TARGET static Range range_row(const float* x, long n) {
     return collect(low, high, range);
 }
 
-// How a row becomes codes: the nearest whole number to x * inverse + shift, x held in [low, high]; or by a fixed step.
+// How a row becomes codes: the nearest whole number to x * inverse + shift, x held in [low, high]; by a fixed step; or
+// by the sign of what is above a threshold for each column.
 struct Line {
     float scale, offset, inverse, shift, low, high;
     bool holds;
-    const Activation* step;  // null: by the line
+    const Activation* step;   // null: by the line
+    const float* thresholds;  // null: by one of the two above
 };
 
 QB_INLINE Line line_of(Range range, const Activation& activation) {
     Line line{};
+    if (activation.kind == kSigns) {
+        line.scale = activation.step;
+        line.thresholds = activation.shift;
+        return line;
+    }
     if (activation.kind == kStep) {
         line.scale = activation.step;
         line.offset = activation.less ? activation.step * static_cast<float>(activation.less) + activation.floor
@@ -149,20 +155,35 @@ QB_INLINE int32_t codes_of(const float* x, long n, const Line& line, int8_t* cod
     return total;
 }
 
+QB_INLINE int32_t signs_of(const float* x, long n, const float* thresholds, int8_t* codes) {
+    i16 sum = {};
+    long i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const i16 code = -2 * (i16)(load16(x + i) >= load16(thresholds + i)) - 1;
+        sum += code;
+        *reinterpret_cast<c16*>(codes + i) = __builtin_convertvector(code, c16);
+    }
+    int32_t total = total16(sum);
+    for (; i < n; ++i) total += codes[i] = x[i] >= thresholds[i] ? 1 : -1;
+    return total;
+}
+
 // Codes of n numbers; returns their sum.
 QB_INLINE int32_t codes_row(const float* x, long n, const Line& line, int8_t* codes) {
+    if (line.thresholds) return signs_of(x, n, line.thresholds, codes);
     if (line.step) return codes_of<true, false>(x, n, line, codes);
     return line.holds ? codes_of<false, true>(x, n, line, codes) : codes_of<false, false>(x, n, line, codes);
 }
 
 QB_TARGET static void quantize_row(const float* x, long n, Range range, const Activation& activation,
                                    long group_columns, const Codes& out, long row) {
-    const Line line = line_of(range, activation);
+    Line line = line_of(range, activation);
     int8_t* codes = out.codes + row * out.depth;
     out.scale[row] = line.scale;
     out.offset[row] = line.offset;
     for (long group = 0; group < out.groups; ++group) {
         const long begin = group * group_columns, end = group + 1 == out.groups ? n : begin + group_columns;
+        if (activation.shift) line.thresholds = activation.shift + begin;
         out.sums[row * out.groups + group] = codes_row(x + begin, end - begin, line, codes + begin);
     }
     for (long i = n; i < out.depth; ++i) codes[i] = 0;
@@ -233,6 +254,13 @@ QB_INLINE f8 to_float(d8 x) {
 #else
     return __builtin_convertvector(x, f8);
 #endif
+}
+
+// Through registers: what is stored in halves and loaded whole waits for the cache.
+QB_INLINE f8 left8(f16 x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
+QB_INLINE f8 right8(f16 x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+QB_INLINE f16 join8(f8 a, f8 b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
 QB_INLINE d8 double8(const float* x) { return to_double(*reinterpret_cast<const f8*>(x)); }
@@ -306,19 +334,31 @@ alignas(64) constexpr double kRoots[16] = {
 };
 
 QB_INLINE d8 root8(l8 index) {
-#ifdef QB_AVX512
-    return (d8)_mm512_permutex2var_pd(_mm512_load_pd(kRoots), (__m512i)index, _mm512_load_pd(kRoots + 8));
-#else
     d8 value;
     for (int lane = 0; lane < 8; ++lane) value[lane] = kRoots[index[lane] & 15];
     return value;
-#endif
 }
 
-// exp of x <= 0 in double, within 2^-46: x = (16 k + j) ln 2 / 16 + r, e^x = 2^k 2^(j/16) e^r. Rounded to float it is
-// the float nearest to e^x but for one argument in millions, as is torch.exp of doubles.
+// exp of x <= 0 in double, within 2^-42: x = (16 k + j) ln 2 / 16 + r, e^x = 2^k 2^(j/16) e^r. Rounded to float it is
+// the float nearest to e^x but for one argument in a million, as is torch.exp of doubles; fused or not does not show.
 QB_INLINE d8 exp8(d8 x) {
-    x = x > -80.0 ? x : d8{} - 80.0;  // the code is 0 from there, and a sum that is at least 1 stays as it is
+#ifdef QB_AVX512
+    const __m512d magic = _mm512_set1_pd(kMagicDouble);
+    const __m512d shifted = _mm512_fmadd_pd((__m512d)x, _mm512_set1_pd(23.083120654223414), magic);
+    const __m512d whole = _mm512_sub_pd(shifted, magic);
+    __m512d r = _mm512_fnmadd_pd(whole, _mm512_set1_pd(0.04332169878489367), (__m512d)x);
+    r = _mm512_fnmadd_pd(whole, _mm512_set1_pd(1.0291218489310676e-13), r);
+    __m512d p = _mm512_fmadd_pd(r, _mm512_set1_pd(1.0 / 120), _mm512_set1_pd(1.0 / 24));
+    p = _mm512_fmadd_pd(p, r, _mm512_set1_pd(1.0 / 6));
+    p = _mm512_fmadd_pd(p, r, _mm512_set1_pd(0.5));
+    p = _mm512_fmadd_pd(p, r, _mm512_set1_pd(1.0));
+    p = _mm512_fmadd_pd(p, r, _mm512_set1_pd(1.0));
+    // The low bits of `shifted` are 16 k + j: the permutation reads j, the shift moves k to the exponent.
+    const __m512i n = (__m512i)shifted;
+    const __m512d root = _mm512_permutex2var_pd(_mm512_load_pd(kRoots), n, _mm512_load_pd(kRoots + 8));
+    const __m512i exponent = _mm512_slli_epi64(_mm512_and_si512(n, _mm512_set1_epi64(-16)), 48);
+    return (d8)_mm512_add_epi64((__m512i)_mm512_mul_pd(p, root), exponent);
+#else
     const d8 shifted = x * 23.083120654223414 + kMagicDouble;
     const d8 whole = shifted - kMagicDouble;
     const l8 n = (l8)shifted - (l8)(d8{} + kMagicDouble);
@@ -329,7 +369,11 @@ QB_INLINE d8 exp8(d8 x) {
     p = p * r + 1.0;
     p = p * r + 1.0;
     return (d8)((l8)(p * root8(n & 15)) + ((n >> 4) << 52));
+#endif
 }
+
+// The code is 0 from here on, and a sum that is at least 1 stays as it is.
+constexpr float kLeastExponent = -80.0f;
 
 // Codes of the probabilities of one query from its scores (n of them, space for a multiple of 16), whose largest is
 // `high`: softmax_codes, or learned_softmax_codes with a fixed step.
@@ -344,33 +388,31 @@ QB_TARGET static Probabilities softmax_row(float* scores, long n, float high, co
     const long padded = round_up(n, 16);
     for (long i = n; i < padded; ++i) scores[i] = -__builtin_inff();
     d8 sums[2] = {};
-    i8x code_sum = {};
+    i16 code_sum = {};
+    const f16 least = splat(kLeastExponent), levels16 = splat(levels);
     for (long i = 0; i < padded; i += 16) {
-        f8 e[2];
-        for (int half = 0; half < 2; ++half) {
-            e[half] = to_float(exp8(to_double(*reinterpret_cast<const f8*>(scores + i + half * 8) - high)));
-            sums[half] += to_double(e[half]);
+        const f16 below = high16(load16(scores + i) - splat(high), least);
+        const f8 left = to_float(exp8(to_double(left8(below)))), right = to_float(exp8(to_double(right8(below))));
+        sums[0] += to_double(left);
+        sums[1] += to_double(right);
+        const f16 all = join8(left, right);
+        if (steps) {
+            store16(scores + i, all);
+            continue;
         }
-        for (int half = 0; half < 2; ++half) {
-            if (steps) {
-                *reinterpret_cast<f8*>(scores + i + half * 8) = e[half];
-                continue;
-            }
-            const i8x code = (i8x)(e[half] * levels + kMagic) - kMagicBits;
-            code_sum += code;
-            *reinterpret_cast<u8x*>(codes + i + half * 8) = __builtin_convertvector(code, u8x);
-        }
+        const i16 code = (i16)(all * levels16 + splat(kMagic)) - kMagicBits;
+        code_sum += code;
+        *reinterpret_cast<u16x*>(codes + i) = __builtin_convertvector(code, u16x);
     }
     const float total = static_cast<float>(total8(sums[0] + sums[1]));
-    const f8 zero = {}, most = zero + static_cast<float>(activation.most);
-    for (long i = 0; steps && i < padded; i += 8) {
-        const f8 probability = *reinterpret_cast<const f8*>(scores + i) / total;
-        const i8x code = (i8x)(held((probability - activation.floor) / activation.step, zero, most) + kMagic) - kMagicBits;
+    const f16 zero = {}, most = splat(static_cast<float>(activation.most));
+    for (long i = 0; steps && i < padded; i += 16) {
+        const f16 place = (load16(scores + i) / total - activation.floor) / activation.step;
+        const i16 code = (i16)(held(place, zero, most) + splat(kMagic)) - kMagicBits;
         code_sum += code;
-        *reinterpret_cast<u8x*>(codes + i) = __builtin_convertvector(code, u8x);
+        *reinterpret_cast<u16x*>(codes + i) = __builtin_convertvector(code, u16x);
     }
-    int32_t whole = 0;
-    for (int lane = 0; lane < 8; ++lane) whole += code_sum[lane];
+    const int32_t whole = total16(code_sum);
     const float scale = steps ? activation.step : 1 / (levels * total);
     return {scale, static_cast<float>(whole) * scale};
 }

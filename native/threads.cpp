@@ -1,5 +1,7 @@
-// A pool of threads that follows the number asked for at every call, spins briefly between calls, and starts anew in a
-// forked child, where no other thread exists.
+// Threads of a team: those of torch's OpenMP runtime where it was found, because its workers spin for milliseconds after
+// every operator of torch, and threads of our own would wait for the cores that they hold. Otherwise, and in a forked
+// child, where that runtime would wait for ever, a pool of our own: it follows the number asked for at every call, spins
+// briefly between calls, and starts anew in a child, where no other thread exists.
 
 #include <atomic>
 #include <condition_variable>
@@ -69,24 +71,55 @@ struct Pool {
 alignas(Pool) unsigned char storage[sizeof(Pool)];
 Pool* pool = nullptr;
 
+struct OpenMp {
+    void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags) = nullptr;
+    int (*thread)() = nullptr;
+    int (*threads)() = nullptr;
+} openmp;
+
 void new_pool() { pool = new (storage) Pool(); }
+
+void after_fork() {
+    new_pool();
+    openmp.parallel = nullptr;
+}
 
 Pool& the_pool() {
     static const bool once = [] {
         new_pool();
-        pthread_atfork(nullptr, nullptr, new_pool);  // the child has no workers, and locks in an unknown state
+        pthread_atfork(nullptr, nullptr, after_fork);  // the child has no workers, and locks in an unknown state
         return true;
     }();
     (void)once;
     return *pool;
 }
 
+struct Region {
+    void (*body)(void*, int, Team&);
+    void* context;
+    Team team;
+};
+
+void work_in_region(void* of) {
+    Region& region = *static_cast<Region*>(of);
+    region.team.resize(openmp.threads());  // the same number on all threads, possibly fewer than asked for
+    region.body(region.context, openmp.thread(), region.team);
+}
+
 }  // namespace
 
+void use_openmp(void* parallel, void* thread, void* threads) {
+    the_pool();
+    openmp.thread = reinterpret_cast<int (*)()>(thread);
+    openmp.threads = reinterpret_cast<int (*)()>(threads);
+    openmp.parallel = reinterpret_cast<decltype(openmp.parallel)>(parallel);
+}
+
 void Team::barrier() {
-    if (size_ == 1) return;
+    const int size = this->size();
+    if (size == 1) return;
     const int generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == size_) {
+    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == size) {
         __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
         return;
@@ -104,6 +137,11 @@ void run_team(int threads, void (*body)(void*, int, Team&), void* context) {
     if (threads <= 1 || !use.try_lock()) {
         Team alone(1);
         body(context, 0, alone);
+        return;
+    }
+    if (openmp.parallel) {
+        Region region{body, context, Team(threads)};
+        openmp.parallel(work_in_region, &region, static_cast<unsigned>(threads), 0);
         return;
     }
     const int workers = p.start(threads - 1);

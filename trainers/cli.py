@@ -77,6 +77,21 @@ def _parser() -> argparse.ArgumentParser:
     latency.add_argument("--lengths", type=int, nargs="+", default=(32, 128), help="tokens of a sentence")
     latency.add_argument("--batch", type=int, default=1)
 
+    bench = commands.add_parser("bench", help="speed beside other engines on the same weights, in one process")
+    bench.add_argument("checkpoint", nargs="?", help="text classifier: sentences a second through pipeline()")
+    bench.add_argument("--sentences", help="parquet file of sentences for the checkpoint")
+    bench.add_argument("--memory", action="store_true", help="peak memory and load time instead of speed")
+    bench.add_argument("--networks", nargs="+", choices=("base", "minilm-l6"), default=("base", "minilm-l6"))
+    bench.add_argument("--threads", type=int, nargs="+", default=(1, 2))
+    bench.add_argument(
+        "--shapes", nargs="+", default=("1x8", "1x32", "1x128", "8x128", "1x384"), help="batch x tokens"
+    )
+    bench.add_argument("--rounds", type=int, default=7)
+    bench.add_argument("--output", default="benchmarks/results/bench.json", help="cells are added or replaced there")
+    bench.add_argument("--cache", default=".cache/bench", help="folder of the rivals' files")
+    bench.add_argument("--figure", help="also draw the ratios into this PNG")
+    bench.add_argument("--update", nargs="+", metavar="FILE.md", help="only render these texts' tables again")
+
     push = commands.add_parser(
         "push", help="publish a checkpoint folder on the Hub in one commit, code and card included"
     )
@@ -292,6 +307,30 @@ def _latency(arguments: argparse.Namespace) -> None:
     print(f"{found['cpu']}, {found['threads']} threads, batch {found['batch']}")
     for row in found["rows"]:
         print(f"{row['tokens']:>4} tokens: {row['packed_ms']:8.2f} ms packed, {row['fp32_ms']:8.2f} ms in fp32")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from .bench import plot, render, run, update_text
+    from .results import write_atomic
+
+    for path in map(Path, arguments.update or ()):
+        write_atomic(path, update_text(path.read_text(encoding="utf-8"), Path.cwd()).encode())
+    if arguments.update:
+        return
+    report = run(
+        arguments.output,
+        arguments.cache,
+        arguments.networks,
+        arguments.threads,
+        arguments.shapes,
+        arguments.rounds,
+        arguments.checkpoint,
+        arguments.sentences,
+        arguments.memory,
+    )
+    print(render(report))
+    if arguments.figure:
+        plot(report, arguments.figure)
 
 
 def _push(arguments: argparse.Namespace) -> None:

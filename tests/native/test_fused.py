@@ -68,6 +68,15 @@ BINARY_SETTINGS = {
     "W1A8, learned clips": {"bits": "1-1-8", "activation_quantizer": "pact"},
     "W1A4, learned steps": {"bits": "1-1-4", "activation_quantizer": "lsq"},
     "W1A4, ReLU, two planes": {"bits": "1-1-4", "activation_quantizer": "lsq", "planes": 2, "hidden_act": "relu"},
+    "W1A2": {"bits": "1-1-2", "activation_quantizer": "lsq"},
+    "W1A1": {"bits": "1-1-1", "activation_quantizer": "lsq"},
+    "W1A1, ReLU, scale per group": {
+        "bits": "1-1-1",
+        "activation_quantizer": "lsq",
+        "hidden_act": "relu",
+        "weight_granularity": "per_group",
+    },
+    "W1A1, two planes": {"bits": "1-1-1", "activation_quantizer": "lsq", "planes": 2},
 }
 
 
@@ -77,6 +86,9 @@ def test_binary(level, setting):  # noqa: ARG001
     model = randomize(model_class(model_class.config_class(**{**ODD, "group_size": 32, **BINARY_SETTINGS[setting]})))
     given = inputs()
     model.calibrate(**given)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_quantizer.shift"):
+            torch.nn.init.normal_(parameter, std=0.3)
     assert_same(model.pack(), given)
 
 

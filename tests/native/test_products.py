@@ -40,7 +40,7 @@ def random_case(generator: np.random.Generator) -> dict:
         "columns": near(int(generator.choice([1, 16, 32])), 8),
         "planes": int(generator.integers(1, 3)) if layout == "1bit" else 1,
         "group_size": group_size if generator.integers(3) == 0 else 0,
-        "bits": int(generator.choice([1, 2, 4, 8])),
+        "bits": int(generator.choice([0, 1, 2, 4, 8])),  # 0: -1 and +1
         "unsigned": bool(generator.integers(3) == 0),
         "shift": int(generator.integers(0, 64)),
         "threads": int(generator.integers(1, 4)),
@@ -53,8 +53,9 @@ def check(generator: np.random.Generator, case: dict) -> None:
     groups = -(-columns // case["group_size"]) if case["group_size"] else 1
     group_size = case["group_size"] if groups > 1 else columns
     least = 0 if case["unsigned"] and case["bits"] < 8 else -(2 ** (case["bits"] - 1))
-    most = least + 2 ** case["bits"] - 1
-    x = torch.from_numpy(generator.integers(least, most + 1, (rows, columns), dtype=np.int8))
+    least, most = (least, least + 2 ** case["bits"] - 1) if case["bits"] else (-1, 1)
+    x = generator.integers(least, most + 1, (rows, columns), dtype=np.int8)
+    x = torch.from_numpy(x if case["bits"] else np.where(x > 0, 1, -1).astype(np.int8))
     x[generator.integers(rows)] = generator.choice([least, most])  # the extremes, where sums are largest
     scale = torch.from_numpy(generator.random((planes, outputs, groups), np.float32))
     bias = torch.from_numpy(generator.standard_normal(outputs, np.float32)) if generator.integers(2) else None
@@ -91,7 +92,7 @@ def test_sizes_of_bert(level, layout, shape):
     rows, outputs, columns = shape
     generator = np.random.default_rng(0)
     case = {"layout": layout, "rows": rows, "outputs": outputs, "columns": columns, "planes": 1}
-    for bits in (8, 4, 2, 1) if level == "avx512" else (8,):
+    for bits in (8, 4, 2, 1, 0) if level == "avx512" else (8,):
         check(generator, case | {"group_size": 0, "bits": bits, "unsigned": bits == 2, "shift": 1, "threads": 2})
 
 

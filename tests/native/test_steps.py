@@ -43,16 +43,20 @@ QUANTIZERS = {
     "lsq 4 above": lsq(4, 0.11, -0.1700),
     "lsq 4 above 0": lsq(4, 0.11, 0.0),
     "lsq 8 above": lsq(8, 0.011, -0.1700),
+    "1 bit above 0": lsq(1, 0.11, 0.0),
+    "signs": lsq(1, 0.3),
 }
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("columns", [1, 16, 47, 768])
 def test_codes(level, name, columns):  # noqa: ARG001
-    x = numbers(23, columns)
+    x, quantizer = numbers(23, columns), QUANTIZERS[name]
+    if name == "signs":
+        quantizer.shift = torch.nn.Parameter(x[11].clone())
     with torch.no_grad():
-        expected = _quantize_input(x, QUANTIZERS[name], None)[1]
-    codes, scale, offset = native.quantize(x, native.place_of(QUANTIZERS[name]))
+        expected = _quantize_input(x, quantizer, None)[1]
+    codes, scale, offset = native.quantize(x, native.place_of(quantizer))
     assert torch.equal(codes, expected.codes)
     assert torch.equal(scale, expected.scale.expand(23, 1))
     assert torch.equal(offset, torch.zeros(23, 1) if expected.offset is None else expected.offset.expand(23, 1))
@@ -78,20 +82,24 @@ def test_layer_norm(level, columns):  # noqa: ARG001
 
 
 @pytest.mark.parametrize("tokens, size", [(1, 4), (2, 12), (7, 20), (33, 32), (64, 64), (129, 64)])
-@pytest.mark.parametrize("kind", ["asymmetric", "symmetric", "4 bits", "lsq", "pact"])
+@pytest.mark.parametrize("kind", ["asymmetric", "symmetric", "4 bits", "lsq", "pact", "1 bit"])
 def test_attention(level, tokens, size, kind):
     if level == "scalar" and tokens > 64:
         pytest.skip("slow, and the same code as for fewer tokens")
     query, key, value = (3 * torch.randn(tokens, size) for _ in range(3))
     bits = 4 if kind == "4 bits" else 8
-    spec = ActivationQuantizer(bits, kind in ("symmetric", "lsq"), False)
+    learned = kind in ("lsq", "1 bit")
+    spec = ActivationQuantizer(bits, kind == "symmetric" or learned, False)
     module = types.SimpleNamespace(config=types.SimpleNamespace(activation_quantizer_spec=spec), training=False)
-    if kind in ("lsq", "pact"):
-        module.config.activation_quantizer_spec = None if kind == "lsq" else spec
+    if learned or kind == "pact":
+        module.config.activation_quantizer_spec = None if learned else spec
         for part in ("query", "key", "value"):
-            setattr(module, f"{part}_quantizer", lsq(4, 0.6) if kind == "lsq" else pact(True, -4.0, 3.0))
-        if kind == "lsq":
-            module.probability_quantizer = lsq(4, 0.03, 0.0)
+            own = lsq(1 if kind == "1 bit" else 4, 0.6) if learned else pact(True, -4.0, 3.0)
+            if kind == "1 bit":
+                own.shift = torch.nn.Parameter(torch.randn(size))
+            setattr(module, f"{part}_quantizer", own)
+        if learned:
+            module.probability_quantizer = lsq(1, 0.1, 0.0) if kind == "1 bit" else lsq(4, 0.03, 0.0)
     names = ("query", "key", "value", "probability")
     quantizers = [getattr(module, f"{name}_quantizer", spec) for name in names]
     with torch.no_grad():

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Builds the engine with AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests on it: sanitize.sh PYTHON
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+python=$1
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cmake -S . -B "$work/build" -DQBERT_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release >/dev/null
+cmake --build "$work/build" --parallel
+mkdir "$work/package"
+cp -r modeling_qbert tests "$work/package"
+cp "$work/build/native/_engine.so" "$work/package/modeling_qbert/"
+cd "$work/package"
+# Python leaks by design, and torch's own libraries are not instrumented.
+export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)" \
+  QBERT_CASES="${QBERT_CASES:-2000}" PYTHONPATH="$work/package" OMP_NUM_THREADS=2 \
+  "$python" -m pytest -q -p no:cacheprovider tests/native -k "not without_the_library"
