@@ -28,15 +28,15 @@ sanitize: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/qbert bench --figure benchmarks/results/bench.png
 
-# Transformers' own model tests, an hour on two cores; HF_TESTS="-k TernaryBert" runs some.
+# Transformers' own model tests, an hour on two cores; HF_TESTS="-k TernaryBert" runs some. Counts: COUNTS.md beside them.
 hf-tests: $(VENV)/dev.stamp
 	$(BIN)/python tests/ecosystem/transformers_common/fetch.py .cache/transformers-tests
 	$(BIN)/python -m pytest -o addopts= -q -W ignore --tb=short --show-capture=no $(HF_TESTS) \
 		tests/ecosystem/transformers_common/common.py
 
 $(VENV)/demo.stamp: EXTRAS = demo
-$(VENV)/dev.stamp: EXTRAS = demo,dev
-$(VENV)/bench.stamp: EXTRAS = demo,dev,bench
+$(VENV)/dev.stamp: EXTRAS = demo,dev,onnx
+$(VENV)/bench.stamp: EXTRAS = demo,dev,onnx,bench
 
 # A stamp is as new as the environment; dev holds all that demo needs.
 $(VENV)/%.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)

@@ -7,16 +7,13 @@ Own data: --train_file and --validation_file, JSON lines or Parquet with id, que
 ({"text": [...], "answer_start": [...]}; both empty when the context holds no answer).
 """
 
-import collections
 import logging
 import os
-import re
-import string
 import sys
 from dataclasses import dataclass, field
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -28,6 +25,9 @@ from transformers import (
 )
 
 from modeling_qbert import get_model_class
+from trainers.data import get_task
+from trainers.question_answering import best_answers, score, windows
+from trainers.recipe import DataSpec
 
 
 logger = logging.getLogger(__name__)
@@ -48,64 +48,13 @@ class DataTrainingArguments:
     train_file: str | None = field(default=None, metadata={"help": "JSON lines or Parquet."})
     validation_file: str | None = field(default=None, metadata={"help": "JSON lines or Parquet."})
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of question and part of the context."})
-    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring parts share."})
-    n_best_size: int = field(default=20, metadata={"help": "Starts and ends that are combined."})
-    max_answer_length: int = field(default=30, metadata={"help": "Tokens of an answer at most."})
+    doc_stride: int = field(default=128, metadata={"help": "Tokens from one part to the next."})
+    max_query_length: int = field(default=64, metadata={"help": "Tokens of a question at most."})
     version_2_with_negative: bool = field(default=False, metadata={"help": "Some questions have no answer."})
 
     def __post_init__(self):
         if self.dataset_name is None and (self.train_file is None or self.validation_file is None):
             raise ValueError("give dataset_name, or train_file and validation_file")
-
-
-def normalize(text: str) -> str:
-    """SQuAD's comparison: lower case, no punctuation, no articles, single blanks."""
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def f1(prediction: str, answer: str) -> float:
-    """Overlap of words; two empty texts agree."""
-    left, right = normalize(prediction).split(), normalize(answer).split()
-    if not left or not right:
-        return float(left == right)
-    common = sum((collections.Counter(left) & collections.Counter(right)).values())
-    return 2 * common / (len(left) + len(right))
-
-
-def squad_metrics(predictions: dict[str, str], examples: Dataset) -> dict[str, float]:
-    exact, overlap = [], []
-    for example in examples:
-        answers, prediction = example["answers"]["text"] or [""], predictions[example["id"]]
-        exact.append(max(float(normalize(prediction) == normalize(answer)) for answer in answers))
-        overlap.append(max(f1(prediction, answer) for answer in answers))
-    return {"exact_match": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(overlap))}
-
-
-def best_spans(
-    examples: Dataset, features: Dataset, logits: tuple[np.ndarray, np.ndarray], data_args: DataTrainingArguments
-) -> dict[str, str]:
-    """id -> text of the best span over all parts of a context; "" where no answer is allowed and likelier."""
-    parts = collections.defaultdict(list)
-    for index, identity in enumerate(features["example_id"]):
-        parts[identity].append(index)
-    size = data_args.n_best_size
-    predictions = {}
-    for example in examples:
-        best, text, empty = -np.inf, "", np.inf
-        for index in parts[example["id"]]:
-            starts, ends = logits[0][index], logits[1][index]
-            offsets = features[index]["offset_mapping"]
-            empty = min(empty, starts[0] + ends[0])
-            for start in np.argsort(starts)[: -size - 1 : -1].tolist():
-                for end in np.argsort(ends)[: -size - 1 : -1].tolist():
-                    if max(start, end) >= len(offsets) or offsets[start] is None or offsets[end] is None:
-                        continue
-                    if start <= end < start + data_args.max_answer_length and starts[start] + ends[end] > best:
-                        best = starts[start] + ends[end]
-                        text = example["context"][offsets[start][0] : offsets[end][1]]
-        predictions[example["id"]] = "" if data_args.version_2_with_negative and empty > best else text
-    return predictions
 
 
 def main():
@@ -132,51 +81,17 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path)
     model = model_class.from_pretrained(model_args.model_name_or_path, config=config)
 
-    def tokenize(examples):
-        """Features of questions and parts of contexts; a long context overflows into several of them."""
-        return tokenizer(
-            [question.lstrip() for question in examples["question"]],
-            examples["context"],
-            truncation="only_second",
-            max_length=data_args.max_seq_length,
-            stride=data_args.doc_stride,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-
-    def prepare_train_features(examples):
-        tokenized = tokenize(examples)
-        samples, offset_mapping = tokenized.pop("overflow_to_sample_mapping"), tokenized.pop("offset_mapping")
-        tokenized["start_positions"], tokenized["end_positions"] = [], []
-        for index, offsets in enumerate(offset_mapping):
-            answers = examples["answers"][samples[index]]
-            start = end = 0  # the first token stands for "no answer here"
-            if answers["text"]:
-                first = answers["answer_start"][0]
-                last = first + len(answers["text"][0])
-                context = [place for place, part in enumerate(tokenized.sequence_ids(index)) if part == 1]
-                inside = [place for place in context if offsets[place][0] < last and offsets[place][1] > first]
-                if inside and offsets[context[0]][0] <= first and offsets[context[-1]][1] >= last:
-                    start, end = inside[0], inside[-1]
-            tokenized["start_positions"].append(start)
-            tokenized["end_positions"].append(end)
-        return tokenized
-
-    def prepare_validation_features(examples):
-        tokenized = tokenize(examples)
-        samples = tokenized.pop("overflow_to_sample_mapping")
-        tokenized["example_id"] = [examples["id"][sample] for sample in samples]
-        tokenized["offset_mapping"] = [
-            [offset if part == 1 else None for offset, part in zip(offsets, tokenized.sequence_ids(index))]
-            for index, offsets in enumerate(tokenized["offset_mapping"])
-        ]
-        return tokenized
-
-    columns = raw_datasets["train"].column_names
-    train_dataset = raw_datasets["train"].map(prepare_train_features, batched=True, remove_columns=columns)
+    task = "squad_v2" if data_args.version_2_with_negative else "squad"
+    spec = DataSpec(
+        task=task,
+        max_length=data_args.max_seq_length,
+        doc_stride=data_args.doc_stride,
+        max_query_length=data_args.max_query_length,
+    )
+    # A context longer than max_seq_length becomes several features, which know their example and their characters.
+    train_dataset = windows(raw_datasets["train"], tokenizer, spec, config)
     eval_examples = raw_datasets["validation"]
-    eval_features = eval_examples.map(prepare_validation_features, batched=True, remove_columns=columns)
-    eval_dataset = eval_features.remove_columns(["example_id", "offset_mapping"])
+    eval_dataset = windows(eval_examples, tokenizer, spec, config)
 
     trainer = Trainer(
         model=model,
@@ -193,9 +108,11 @@ def main():
         trainer.save_metrics("train", train_result.metrics)
         trainer.save_state()
     if training_args.do_eval:
-        logits = trainer.predict(eval_dataset).predictions
-        predictions = best_spans(eval_examples, eval_features, logits, data_args)
-        metrics = {f"eval_{name}": value for name, value in squad_metrics(predictions, eval_examples).items()}
+        logits = np.stack(trainer.predict(eval_dataset).predictions[:2], -1)
+        answers = best_answers(logits, eval_dataset, eval_examples["context"], data_args.version_2_with_negative)
+        accepted = [answers["text"] for answers in eval_examples["answers"]]
+        scores = score(get_task(task), [answer["answer"] for answer in answers], accepted)
+        metrics = {f"eval_{name}": 100 * value for name, value in scores.items()}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
 

@@ -16,6 +16,7 @@ from .configuration_qbert import (
 from .modeling_binary import *  # noqa: F403
 from .modeling_ghost import *  # noqa: F403
 from .modeling_ternary import *  # noqa: F403
+from .onnx_export import export_onnx, onnx_operators
 from .quantizers import quantize_bwn, quantize_twn
 from .remote import write_remote_code
 from .report import checkpoint_report, format_report, ghost_parameters, multiply_adds, verify_checkpoint
@@ -49,10 +50,12 @@ __all__ = [
     "TernaryElectraConfig",
     "TernaryRobertaConfig",
     "checkpoint_report",
+    "export_onnx",
     "format_report",
     "get_model_class",
     "ghost_parameters",
     "multiply_adds",
+    "onnx_operators",
     "quantize_bwn",
     "quantize_twn",
     "verify_checkpoint",

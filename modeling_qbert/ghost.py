@@ -101,6 +101,8 @@ class GhostMixin(LowBitMixin):
         for layer in self.base_model.encoder.layer:
             self._insert_ghosts(layer.attention.output, config.attention_ghosts)
             self._insert_ghosts(layer.output, config.feed_forward_ghosts)
+            if config.feed_forward_ghosts:
+                layer.chunk_size_feed_forward = 0  # a chunk of tokens lacks the neighbours that a convolution sees
             if config.attention_ghosts or config.feed_forward_ghosts:
                 layer.attention.register_forward_pre_hook(share_real_tokens, with_kwargs=True)
 

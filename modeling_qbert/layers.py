@@ -257,11 +257,8 @@ def _quantize_input(x: Tensor, quantizer: InputQuantizer, token_mask: Tensor | N
         if previous is not None and previous() is x and previous_key == key and version is not None:
             return result if result[0] is not None else (x, result[1])
     valid = token_mask.unsqueeze(-1) if token_mask is not None and token_mask.shape == x.shape[:-1] else None
-    carrier, (codes, scale, offset) = quantizer.quantize(x, valid)
-    shift = 128 if getattr(quantizer, "most", 0) > 127 else 0  # unsigned 8-bit codes
+    carrier, (codes, scale, offset) = quantize_signed(x, quantizer, valid)
     with torch.no_grad():
-        if shift:
-            codes, offset = codes - shift, scale * shift + (0 if offset is None else offset)
         quantized = Quantized(
             codes.to(torch.int8).view(-1, x.shape[-1]),
             scale.view(-1, 1),
@@ -270,6 +267,15 @@ def _quantize_input(x: Tensor, quantizer: InputQuantizer, token_mask: Tensor | N
     if not compiling:
         _last_input.value = (weakref.ref(x), key, (None if carrier is x else carrier, quantized))
     return carrier, quantized
+
+
+def quantize_signed(x: Tensor, quantizer: InputQuantizer, valid: Tensor | None = None) -> tuple[Tensor, Quantized]:
+    """(x for the backward pass, float whole codes of x (..., I) within int8, with scale and offset (..., 1))."""
+    carrier, (codes, scale, offset) = quantizer.quantize(x, valid)
+    if getattr(quantizer, "most", 0) > 127:  # unsigned 8-bit codes
+        with torch.no_grad():
+            codes, offset = codes - 128, scale * 128 + (0 if offset is None else offset)
+    return carrier, Quantized(codes, scale, offset)
 
 
 class FixedLayerNorm(nn.LayerNorm):

@@ -83,11 +83,11 @@ def linear_codes(
         parts = (None,) * planes if sums is None else sums[group : group + 1].chunk(planes, 1)
         scales = scale.view(1, -1).chunk(planes, 1)
         for product, plane, part in zip(products, scales, parts):
-            y = _add_products(y, product, x, plane, part)
+            y = add_products(y, product, x, plane, part)
     return y
 
 
-def _add_products(y: Tensor | None, products: Tensor, x: Quantized, scale: Tensor, sums: Tensor | None) -> Tensor:
+def add_products(y: Tensor | None, products: Tensor, x: Quantized, scale: Tensor, sums: Tensor | None) -> Tensor:
     """(x offset * sums + y) + products * (x scale * weight scale): products (N, O), scale and sums (1, O) or (1, 1).
 
     Operation by operation: `addcmul` rounds once or twice, as the CPU and the place in memory have it.

@@ -75,14 +75,14 @@ def _make_code_table(packing: str) -> Tensor:
     return (digits * 2 - 1 if packing == "1bit" else digits - _ZERO[packing]).to(torch.int8)
 
 
-_CODE_TABLES = {packing: _make_code_table(packing) for packing in _BASE if packing != "int8"}
-_moved_code_table = lru_cache(lambda packing, device: _CODE_TABLES[packing].to(device))
+CODE_TABLES = {packing: _make_code_table(packing) for packing in _BASE if packing != "int8"}
+_moved_code_table = lru_cache(lambda packing, device: CODE_TABLES[packing].to(device))
 
 
 def _code_table(packing: str, device: torch.device) -> Tensor:
     """Made before anything is traced: a table made by torch.export holds no numbers, and a cache would keep it."""
     if device.type == "cpu" or torch.compiler.is_compiling():
-        return _CODE_TABLES[packing].to(device)
+        return CODE_TABLES[packing].to(device)
     return _moved_code_table(packing, device)
 
 

@@ -29,6 +29,7 @@ PIPELINE_TAGS = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "fill-mask",
+    "Model": "sentence-similarity",
 }
 
 QUANTIZATION_FIELDS = (
@@ -141,6 +142,17 @@ def _usage(tag: str, model_id: str, example: Sequence[str]) -> str:
             f"model = AutoModelForQuestionAnswering.from_pretrained({model_id!r})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({model_id!r})\n"
             f"print(answer(model, tokenizer, question={example[0]!r}, context={example[-1]!r}))",
+            "python",
+        )
+    if tag == "sentence-similarity":
+        return _fenced(
+            "# pip install qbert-zoo sentence-transformers\n"
+            "import modeling_qbert  # registers the low-bit families with the Auto classes\n"
+            "from sentence_transformers import SentenceTransformer\n"
+            "\n"
+            f"model = SentenceTransformer({model_id!r})  # pools by the mean over tokens\n"
+            f"vectors = model.encode({list(example)!r})\n"
+            "print(model.similarity(vectors, vectors))",
             "python",
         )
     if len(example) == 2:
@@ -342,7 +354,7 @@ def build_card(
     data = _CardData(
         license=license,
         language=language,
-        library_name="transformers",
+        library_name="sentence-transformers" if tag == "sentence-similarity" else "transformers",
         pipeline_tag=tag,
         base_model=base_model if isinstance(base_model, str) else list(base_model),
         base_model_relation="quantized",

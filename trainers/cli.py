@@ -1,9 +1,16 @@
 """The `qbert` command. Heavy imports wait until a sub-command needs them."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check every byte of a packed checkpoint")
     verify.add_argument("checkpoint")
 
+    export = commands.add_parser("export", help="write a checkpoint as one ONNX file whose weights stay packed")
+    export.add_argument("checkpoint")
+    export.add_argument("--output", required=True, help="the file, such as model.onnx")
+
     latency = commands.add_parser("latency", help="time a packed checkpoint against fp32 on this CPU, for its card")
     latency.add_argument("checkpoint")
     latency.add_argument("--lengths", type=int, nargs="+", default=(32, 128), help="tokens of a sentence")
@@ -103,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--figure", help="also draw the scores into this PNG")
     table.add_argument("--size-figure", help="also draw mean score against file size into this PNG")
     table.add_argument("--work-figure", help="also draw mean score against multiply-adds into this PNG")
+    table.add_argument("--tasks", nargs="+", metavar="TASK", help="of these two (default: those of every variant)")
     return parser
 
 
@@ -235,22 +247,40 @@ def _prune(arguments: argparse.Namespace) -> None:
         print(f"{metric:<24}{100 * before[metric]:.2f} -> {100 * value:.2f}")
 
 
-def _pack(arguments: argparse.Namespace) -> None:
-    from transformers import AutoConfig, AutoTokenizer
+def _load_low_bit(checkpoint: str) -> PreTrainedModel:
+    """The model of a latent or packed checkpoint, with the head that it was saved with."""
+    from transformers import AutoConfig
 
     import modeling_qbert
 
-    architecture = (AutoConfig.from_pretrained(arguments.checkpoint).architectures or ["none"])[0]
+    architecture = (AutoConfig.from_pretrained(checkpoint).architectures or ["none"])[0]
     model_class = getattr(modeling_qbert, architecture, None)
     if model_class is None:
         raise ValueError(
-            f"{arguments.checkpoint}/config.json: expected the architecture of a low-bit model, found {architecture}; "
+            f"{checkpoint}/config.json: expected the architecture of a low-bit model, found {architecture}; "
             "a full-precision model needs a recipe (qbert distill)"
         )
-    model_class.from_pretrained(arguments.checkpoint).pack(arguments.packing).save_pretrained(arguments.output)
+    return model_class.from_pretrained(checkpoint)
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from modeling_qbert import verify_checkpoint
+
+    _load_low_bit(arguments.checkpoint).pack(arguments.packing).save_pretrained(arguments.output)
     AutoTokenizer.from_pretrained(arguments.checkpoint).save_pretrained(arguments.output)
-    modeling_qbert.verify_checkpoint(arguments.output)
+    verify_checkpoint(arguments.output)
     _print_report(arguments.output)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from modeling_qbert import export_onnx
+
+    made = export_onnx(_load_low_bit(arguments.checkpoint), arguments.output)
+    print(
+        f"{arguments.output}: {made['bytes'] / 1e6:.2f} MB; ONNX Runtime's answers differ by {made['difference']:.1g}"
+    )
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -336,8 +366,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> None:
+    from .figures import plot_results, plot_sizes
     from .results import load_results, write_atomic
-    from .tables import plot_results, plot_sizes, render_metrics, render_table, update_tables
+    from .tables import render_metrics, render_table, update_tables
 
     if arguments.update:
         path = Path(arguments.update)
@@ -350,9 +381,9 @@ def _table(arguments: argparse.Namespace) -> None:
     if arguments.figure:
         plot_results(results, arguments.figure)
     if arguments.size_figure:
-        plot_sizes(results, arguments.size_figure)
+        plot_sizes(results, arguments.size_figure, tasks=arguments.tasks)
     if arguments.work_figure:
-        plot_sizes(results, arguments.work_figure, "multiply_adds")
+        plot_sizes(results, arguments.work_figure, "multiply_adds", arguments.tasks)
 
 
 if __name__ == "__main__":

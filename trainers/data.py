@@ -41,7 +41,8 @@ SUBSET_SEED = 0  # max_*_samples must pick the same rows in every run, whatever 
 @dataclass(frozen=True)
 class Task:
     """Columns, labels and metrics of a task. `label_names` in index order; None means regression, or question
-    answering, where `unanswerable` says whether there are questions without an answer.
+    answering, where `unanswerable` says whether there are questions without an answer, or `embedding`: the label is
+    compared with the cosine of two sentences' vectors.
 
     `dataset` and `name` are its Hub data set and configuration. A run is judged by `main_metric`; higher is better in
     every metric. `eval_splits` are those that the split "validation" stands for, the first of them judges. `copies` is
@@ -57,12 +58,15 @@ class Task:
     dataset: str | None = GLUE
     name: str | None = None
     unanswerable: bool | None = None
+    embedding: bool = False
     eval_splits: tuple[str, ...] = ("validation",)
     copies: int | None = None
 
     @property
     def kind(self) -> str:
-        """`classification`, `regression` or `question-answering`."""
+        """`classification`, `regression`, `question-answering` or `embedding`."""
+        if self.embedding:
+            return "embedding"
         if self.unanswerable is not None:
             return "question-answering"
         return "regression" if self.label_names is None else "classification"
@@ -116,6 +120,14 @@ TASKS: dict[str, Task] = {
         main_metric="pearson_spearman",
         name="stsb",
         copies=30,
+    ),
+    "stsb_embedding": Task(
+        text="sentence1",
+        text_pair="sentence2",
+        metrics=("spearmanr", "pearson"),
+        main_metric="spearmanr",
+        name="stsb",
+        embedding=True,
     ),
     "wnli": Task(text="sentence1", text_pair="sentence2", label_names=ENTAILMENT[::-1], name="wnli"),
     "rotten_tomatoes": Task(
@@ -356,7 +368,7 @@ def _read(spec: DataSpec, task: Task | None, split: str, one_file_ok: bool) -> t
                 f"data.path: expected a folder with one file per split ({spec.train_split}, {spec.eval_split}), "
                 f"found the single file {path}"
             )
-        source = str(path if path.is_file() else _find_file(path, spec.task, split))
+        source = str(path if path.is_file() else _find_file(path, (spec.task, task and task.name), split))
         dataset = _read_file(Path(source))
     else:
         if not HUB_ID.fullmatch(spec.path) or path.suffix.removeprefix(".") in READERS:
@@ -381,8 +393,8 @@ def _read(spec: DataSpec, task: Task | None, split: str, one_file_ok: bool) -> t
     return source, dataset
 
 
-def _find_file(folder: Path, task: str | None, split: str) -> Path:
-    folders = [folder] + ([folder / task] if task else [])
+def _find_file(folder: Path, names: Sequence[str | None], split: str) -> Path:
+    folders = [folder, *(folder / name for name in dict.fromkeys(names) if name)]
     candidates = [parent / f"{split}.{suffix}" for parent in folders for suffix in READERS]
     found = [candidate for candidate in candidates if candidate.is_file()]
     if len(found) == 1:

@@ -13,7 +13,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 import modeling_qbert  # noqa: F401  registers the attention that returns scores
 
 from .checkpointing import AtomicCheckpointMixin
-from .losses import attention_scores_loss, hidden_states_loss, logits_loss, span_logits_loss
+from .losses import (
+    attention_scores_loss,
+    embeddings_loss,
+    hidden_states_loss,
+    labels_loss,
+    logits_loss,
+    span_logits_loss,
+)
 
 
 LEARNED_STEP = ("_quantizer.step", "_quantizer.shift")
@@ -34,6 +41,8 @@ class DistillationArguments(TrainingArguments):
         logits_weight: weight of the soft cross-entropy (regression: squared error) on the logits.
         hidden_states_weight: weight of the squared error on the embedding output and every layer's output.
         attention_scores_weight: weight of the squared error on every layer's pre-softmax attention scores.
+        embeddings_weight: weight of one minus the cosine between the mean-pooled last hidden states.
+        labels_weight: weight of the task's loss on the labels. It needs no teacher: final fine-tuning.
         temperature: divides the logits of both models before the softmax.
         teacher_dropout: run the teacher in training mode. BinaryBERT and BiT do so on GLUE, TernaryBERT does not.
         scale_refresh_steps: optimizer steps between two `update_scales` of a student with weight quantizer "lat".
@@ -45,6 +54,8 @@ class DistillationArguments(TrainingArguments):
     logits_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the logits."})
     hidden_states_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the hidden states."})
     attention_scores_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on attention scores."})
+    embeddings_weight: float = field(default=0.0, metadata={"help": "Weight of the loss on sentence embeddings."})
+    labels_weight: float = field(default=0.0, metadata={"help": "Weight of the loss on the labels."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the softmax over the logits."})
     teacher_dropout: bool = field(default=False, metadata={"help": "Keep the teacher's dropout active."})
     scale_refresh_steps: int = field(default=1, metadata={"help": "Steps between updates of loss-aware scales."})
@@ -72,19 +83,22 @@ class DistillationArguments(TrainingArguments):
             "logits": self.logits_weight,
             "hidden_states": self.hidden_states_weight,
             "attention_scores": self.attention_scores_weight,
+            "embeddings": self.embeddings_weight,
+            "labels": self.labels_weight,
         }
 
 
 class DistillationTrainer(AtomicCheckpointMixin, Trainer):
     """Trains a student to give the same logits, hidden states and attention scores as a frozen teacher.
 
-    There is no term on the labels (TernaryBERT has none); they are used in evaluation only, which is the plain task
-    loss and metrics of the student, without the teacher. Every term is a mean over the sequences, real tokens or real
+    Labels are a target only if asked for (TernaryBERT has none on them); evaluation is the plain task loss and metrics
+    of the student, without the teacher. Every term is a mean over the sequences, real tokens or real
     (query, key) pairs of the whole optimizer step, over all micro-batches and processes: gradient accumulation and
     distributed data parallel runs give the gradients of one big batch, however it is padded.
 
     Logs, beside the Trainer's `loss`, each term without its weight: `loss_logits`, `loss_hidden_states`,
-    `loss_attention_scores`. A non-finite term or gradient norm raises `FloatingPointError` before the optimizer step.
+    `loss_attention_scores`, `loss_embeddings`, `loss_labels`. A non-finite term or gradient norm raises
+    `FloatingPointError` before the optimizer step.
 
     Args:
         model: the student. A `transformers.PreTrainedModel` with a task head.
@@ -198,15 +212,18 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
         features = {name: value for name, value in inputs.items() if name not in self.label_names}
         counts = self._per_process(_count_items(inputs)) if num_items_in_batch is None else num_items_in_batch
         capture = {
-            "output_hidden_states": "hidden_states" in self._targets,
+            "output_hidden_states": bool({"hidden_states", "embeddings"} & set(self._targets)),
             "output_attentions": "attention_scores" in self._targets,
             "return_dict": True,
         }
-        with torch.no_grad():
-            teacher = self._teacher_forward(**features, **capture)
+        teacher = None
+        if set(self._targets) != {"labels"}:
+            with torch.no_grad():
+                teacher = self._teacher_forward(**features, **capture)
         students = self._student_outputs(model, features | capture)
         mask, counts = _real_tokens(features), counts.unbind()
-        parts = [self._terms(student, teacher, mask, counts) for student in students]
+        labels = {name: inputs[name] for name in self.label_names if name in inputs}
+        parts = [self._terms(student, teacher, mask, counts, labels) for student in students]
         terms = {target: sum(part[target] for part in parts) for target in self._targets}
         loss = sum(weight * terms[target] for target, weight in self._targets.items())
         self._add_step_losses(**{f"loss_{target}": term.detach() for target, term in terms.items()})
@@ -216,9 +233,14 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
         """Outputs of every network whose losses are summed; here the student's only."""
         return [model(**inputs)]
 
-    def _terms(self, student: Any, teacher: Any, mask: Tensor, counts: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _terms(
+        self, student: Any, teacher: Any, mask: Tensor, counts: tuple[Tensor, ...], labels: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         sequences, tokens, pairs = counts
         terms = {}
+        config, logits = self.model.config, student.get("logits")
+        regression = logits is not None and (logits.shape[-1] == 1 or config.problem_type == "regression")
+        per_token = logits is not None and logits.dim() == 3
         if "logits" in self._targets:
             temperature = self.args.temperature
             if "start_logits" in student:
@@ -230,13 +252,11 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
                     count=tokens,
                 )
             else:
-                logits = student.logits
-                regression = logits.shape[-1] == 1 or self.model.config.problem_type == "regression"
-                count = sequences if logits.dim() == 2 else tokens
+                count = tokens if per_token else sequences
                 terms["logits"] = logits_loss(
                     logits, teacher.logits, mask, regression=regression, temperature=temperature, count=count
                 )
-        layers = self.model.config.num_hidden_layers
+        layers = config.num_hidden_layers
         if "hidden_states" in self._targets:
             _check_captured("hidden_states", layers + 1, student.hidden_states, teacher.hidden_states)
             terms["hidden_states"] = hidden_states_loss(
@@ -247,6 +267,13 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
             terms["attention_scores"] = attention_scores_loss(
                 student.attentions, teacher.attentions, mask, count=pairs
             )
+        if "embeddings" in self._targets:
+            terms["embeddings"] = embeddings_loss(
+                student.hidden_states[-1], teacher.hidden_states[-1], mask, count=sequences
+            )
+        if "labels" in self._targets:
+            count = tokens if per_token else sequences
+            terms["labels"] = labels_loss(student, labels, regression=regression, count=count)
         return terms
 
     def _on_step_losses(self, losses: dict[str, float]) -> None:
@@ -327,11 +354,17 @@ def _check_fit(student: PreTrainedModel, teacher: PreTrainedModel, targets: Mapp
         raise ValueError("teacher and student are the same object: the student would learn from itself")
     fields = ["vocab_size"]
     if "logits" in targets:
+        if student.base_model is student:
+            raise ValueError("logits: the student is a backbone without a head; set logits_weight to 0")
         fields.append("num_labels")
         if "multi_label_classification" in (student.config.problem_type, teacher.config.problem_type):
             raise ValueError('logits: problem_type "multi_label_classification" has no single softmax to distil')
+    if "labels" in targets and student.base_model is student:
+        raise ValueError("labels: the student is a backbone without a head; set labels_weight to 0")
     if "hidden_states" in targets:
         fields += ["num_hidden_layers", "hidden_size"]
+    if "embeddings" in targets:
+        fields.append("hidden_size")
     if "attention_scores" in targets:
         fields += ["num_hidden_layers", "num_attention_heads"]
     for name in dict.fromkeys(fields):

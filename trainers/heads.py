@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
+    AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -22,8 +23,9 @@ from transformers import (
     pipeline,
 )
 
-from . import question_answering
+from . import embeddings, question_answering
 from .data import Task, eval_splits, tokenize
+from .losses import mean_pool
 from .metrics import compute_metrics_for, score
 from .recipe import DataSpec
 
@@ -51,19 +53,20 @@ class Head:
     Args:
         name: its name in `modeling_qbert.get_model_class`.
         auto_class: loads its models, plain or packed.
-        logits: of a model's output, (B, K), or (B, T, K) for answers per token.
+        logits: of a model's output and the attention mask (B, T), (B, K), or (B, T, K) for answers per token; vectors
+            (B, C) of an embedding model.
         encode: (rows, tokenizer, spec, config or None) to model inputs with labels.
         evaluation: (task, rows, tokenizer, spec, config or None) to the two fields of `Evaluation`.
-        compute_metrics: of a task, for the Trainer.
+        compute_metrics: of a task, for the Trainer; None where it has nothing to compare.
         golden: (folder, rows) to fixed inputs with what the checkpoint answers.
     """
 
     name: str
     auto_class: type
-    logits: Callable[[Any], Tensor]
+    logits: Callable[[Any, Tensor], Tensor]
     encode: Callable[..., Dataset]
     evaluation: Callable[..., tuple[Dataset, Callable[[np.ndarray], dict[str, float]]]]
-    compute_metrics: Callable[[Task], Callable]
+    compute_metrics: Callable[[Task], Callable | None]
     golden: Callable[[Path, Dataset], list]
 
 
@@ -94,7 +97,7 @@ def _golden_texts(folder: Path, rows: Dataset) -> list:
 SEQUENCE_CLASSIFICATION = Head(
     name="sequence-classification",
     auto_class=AutoModelForSequenceClassification,
-    logits=lambda output: output.logits,
+    logits=lambda output, mask: output.logits,  # noqa: ARG005
     encode=tokenize,
     evaluation=_classified,
     compute_metrics=compute_metrics_for,
@@ -103,16 +106,26 @@ SEQUENCE_CLASSIFICATION = Head(
 QUESTION_ANSWERING = Head(
     name="question-answering",
     auto_class=AutoModelForQuestionAnswering,
-    logits=lambda output: torch.stack((output.start_logits, output.end_logits), -1),
+    logits=lambda output, mask: torch.stack((output.start_logits, output.end_logits), -1),  # noqa: ARG005
     encode=question_answering.model_inputs,
     evaluation=question_answering.evaluation,
     compute_metrics=question_answering.span_metrics,
     golden=question_answering.golden,
 )
+EMBEDDING = Head(
+    name="base",
+    auto_class=AutoModel,
+    logits=lambda output, mask: mean_pool(output.last_hidden_state, mask),
+    encode=embeddings.model_inputs,
+    evaluation=embeddings.evaluation,
+    compute_metrics=lambda task: None,  # noqa: ARG005
+    golden=embeddings.golden,
+)
 HEADS = {  # by the kind of task
     "classification": SEQUENCE_CLASSIFICATION,
     "regression": SEQUENCE_CLASSIFICATION,
     "question-answering": QUESTION_ANSWERING,
+    "embedding": EMBEDDING,
 }
 
 
@@ -160,7 +173,7 @@ def predict(
     for start in tqdm(range(0, len(order), batch_size), desc="evaluate", leave=False):
         batch_rows = order[start : start + batch_size].tolist()
         batch = collate([rows[row] for row in batch_rows]).to(model.device)
-        found = head.logits(model(**batch)).float().cpu().numpy()
+        found = head.logits(model(**batch), batch["attention_mask"]).float().cpu().numpy()
         if logits is None:
             per_token = (max(lengths),) if found.ndim == 3 else ()
             logits = np.zeros((len(order), *per_token, found.shape[-1]), dtype=np.float32)

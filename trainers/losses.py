@@ -1,4 +1,4 @@
-"""Distillation losses on logits, hidden states and attention scores: pure functions of model outputs.
+"""Losses on logits, hidden states, attention scores, embeddings and labels: pure functions of model outputs.
 
 Follow TernaryBERT (Zhang et al., EMNLP 2020): mean squared errors on every hidden state and on every layer's
 pre-softmax attention scores, soft cross-entropy on the logits, each layer's mean summed over layers.
@@ -14,7 +14,8 @@ sum of the micro-batches' losses is the loss of one big batch.
 Half precision inputs are computed in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 
 Count = Tensor | float | None
+IGNORED = -100  # a label that torch's and Transformers' losses leave out
 
 
 def logits_loss(
@@ -96,6 +98,40 @@ def span_logits_loss(
     return total / _count(count, ~padding)
 
 
+def labels_loss(output: Any, labels: Mapping[str, Tensor], *, regression: bool = False, count: Count = None) -> Tensor:
+    """Cross-entropy of the true answers, no distillation: final fine-tuning.
+
+    The squared error for regression; start plus end, halved, for question answering, where a position past the end
+    (the answer lies elsewhere) adds nothing; a label of -100 adds nothing either.
+
+    Args:
+        output: with `logits` (B, K) or (B, T, K), or `start_logits` and `end_logits` (B, T).
+        labels: `labels` (B,) or (B, T), or `start_positions` and `end_positions` (B,).
+        count: sequences, or real tokens for logits (B, T, K).
+
+    Raises:
+        ValueError: the batch has no labels.
+    """
+    if "start_logits" in output:
+        pairs = [
+            (output.start_logits, labels.get("start_positions")),
+            (output.end_logits, labels.get("end_positions")),
+        ]
+    else:
+        pairs = [(output.logits, labels.get("labels"))]
+    total = 0.0
+    for logits, target in pairs:
+        if target is None:
+            raise ValueError(f"labels: the batch holds none of this head, only {sorted(labels)}")
+        logits = _at_least_float32(logits)
+        if regression:
+            total = total + (logits.flatten() - target.flatten().to(logits.dtype)).square().sum()
+            continue
+        target = target.masked_fill((target < 0) | (target >= logits.shape[-1]), IGNORED) if len(pairs) > 1 else target
+        total = total + F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (_count(count, pairs[0][1].numel()) * len(pairs))
+
+
 def hidden_states_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor | None = None, *, count: Count = None
 ) -> Tensor:
@@ -115,6 +151,27 @@ def hidden_states_loss(
     batch, tokens, features = student[0].shape
     items = batch * tokens if attention_mask is None else attention_mask.bool()
     return total / (_count(count, items) * features)
+
+
+def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean over the real tokens of hidden states (B, T, C): (B, C), how sentence-transformers pools by default."""
+    real = attention_mask.bool()[..., None]
+    return hidden.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)
+
+
+def embeddings_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor, *, count: Count = None) -> Tensor:
+    """One minus the cosine between the mean-pooled sentence embeddings, mean over sequences.
+
+    Args:
+        student, teacher: the last hidden states (B, T, C).
+        attention_mask: (B, T), non-zero for real tokens.
+        count: sequences.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    student, teacher = (mean_pool(hidden, attention_mask) for hidden in _pair("embeddings", student, teacher))
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).sum() / _count(count, len(student))
 
 
 def attention_scores_loss(

@@ -42,7 +42,7 @@ def score(task: str | Task, predictions: Sequence | np.ndarray, references: Sequ
     for name, values in (("predictions", predictions), ("references", references)):
         if not np.isfinite(values).all():
             raise ValueError(f"{name}: expected finite numbers, found {(~np.isfinite(values)).sum()} that are not")
-    if task.kind == "regression":
+    if task.label_names is None:
         scores = _correlations(predictions, references)
     else:
         scores = {name: _classification(name, task, predictions, references) for name in task.metrics}
@@ -61,7 +61,7 @@ class GlueMetric(evaluate.Metric):
         super().__init__(**({"config_name": config_name, "keep_in_memory": True} | kwargs))
 
     def _info(self) -> evaluate.MetricInfo:
-        dtype = "float32" if self.task.kind == "regression" else "int64"
+        dtype = "float32" if self.task.label_names is None else "int64"
         return evaluate.MetricInfo(
             description=f"{', '.join(self.task.metrics)} on scikit-learn and scipy.",
             citation="",
@@ -76,7 +76,7 @@ class GlueMetric(evaluate.Metric):
 def compute_metrics_for(task: str | Task) -> Callable[[EvalPrediction], dict[str, float]]:
     """`compute_metrics` for the Trainer: logits (B, classes), or (B, 1) for regression, to all metrics of `task`."""
     task = _task(task)
-    columns = 1 if task.kind == "regression" else len(task.label_names)
+    columns = 1 if task.label_names is None else len(task.label_names)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions
@@ -87,7 +87,7 @@ def compute_metrics_for(task: str | Task) -> Callable[[EvalPrediction], dict[str
             # argmax would call a row of NaN class 0
             wrong = (~np.isfinite(logits).all(axis=1)).sum()
             raise ValueError(f"logits: expected finite numbers, found {wrong} of {len(logits)} rows that are not")
-        predictions = logits[:, 0] if task.kind == "regression" else logits.argmax(axis=1)
+        predictions = logits[:, 0] if task.label_names is None else logits.argmax(axis=1)
         return score(task, predictions, prediction.label_ids)
 
     return compute_metrics

@@ -26,8 +26,12 @@ import yaml
 
 
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# Fields of the recipe, of data or of a stage
-_GAINED = ("schedule", "total_steps", "doc_stride", "max_query_length", "null_threshold", "augmented", "start")
+# Fields of the recipe, of data, a stage or its targets
+_GAINED = (
+    *("schedule", "total_steps", "doc_stride", "max_query_length", "null_threshold", "augmented", "start"),
+    "embeddings",
+    "labels",
+)
 RUNNER_FIELDS = ("output_dir", "seed")  # TrainingArguments fields the runner sets itself
 
 
@@ -147,11 +151,14 @@ class GhostSpec:
 
 @dataclass(frozen=True)
 class Targets:
-    """Weights of the distillation terms; 0 switches a term off."""
+    """Weights of the distillation terms; 0 switches a term off. `embeddings` compares the mean-pooled last hidden
+    states by their cosine; `labels` is the task's own loss, which needs no teacher."""
 
     logits: float = 1.0
     hidden_states: float = 1.0
     attention_scores: float = 1.0
+    embeddings: float = 0.0
+    labels: float = 0.0
 
     def __post_init__(self):
         weights = dataclasses.asdict(self)
@@ -181,7 +188,9 @@ class Stage:
     name: str = "distil"
     init: Literal["teacher", "previous", "pruned", "subnetwork", "split", "random_encoder"] = "teacher"
     start: str | None = None
-    random_parts: tuple[Literal["embeddings", "encoder", "lower", "upper", "attention", "feed_forward"], ...] = ()
+    random_parts: tuple[
+        Literal["embeddings", "labels", "encoder", "lower", "upper", "attention", "feed_forward"], ...
+    ] = ()
     width: float | None = None
     widths: tuple[float, ...] = ()
     teacher: str | None = None
@@ -345,7 +354,8 @@ class Recipe:
         and without fields that recipes gained after first results, where they are not used: fingerprints stay."""
         values = self.to_dict()
         del values["data"]["path"], values["data"]["augmented"]
-        for node in (values, values["data"], *values["stages"]):
+        targets = (stage["targets"] for stage in values["stages"])
+        for node in (values, values["data"], *values["stages"], *targets):
             for name in _GAINED:
                 if not node.get(name, True):
                     del node[name]

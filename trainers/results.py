@@ -157,12 +157,27 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return results
 
 
+def variant_of(results: Mapping[str, Any]) -> str:
+    """The run's name without its task and seed: 'sst2/twn/seed42' is the variant 'twn'."""
+    drop = {results["task"], f"seed{results['seed']}"}
+    return "/".join(part for part in results["run"].split("/") if part not in drop) or results["run"]
+
+
+def _sweep_of(file: Path, run: str) -> str | None:
+    """Name of the folder in which a sweep keeps this run, at <sweep>/<run>.json or <sweep>/<run>/results.json."""
+    place = file.resolve().parent if file.name == RESULTS_NAME else file.resolve().with_suffix("")
+    parts, own = place.parts, tuple(run.split("/"))
+    return parts[-len(own) - 1] if len(own) > 1 and parts[-len(own) :] == own else None
+
+
 def load_results(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     """Reads many result files, in the given order.
 
     Args:
         paths: files, or folders: of a folder every `results.json` below it or, when there is none, every `*.json`
             (the layout that `trainers.sweep.collect` writes).
+
+    Where two sweeps have a variant of one name, both get the sweep's name before it: their runs are different ones.
 
     Raises:
         ValueError: a folder without results; a file that does not validate; two files of one run that disagree.
@@ -179,7 +194,16 @@ def load_results(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
         first_file, first = known.setdefault((results["run"], results["fingerprint"]), (file, results))
         if any(first[part]["metrics"] != results[part]["metrics"] for part in ("teacher", "student", "packed")):
             raise ValueError(f"{file}: same run and fingerprint as {first_file}, but other metrics; keep one of them")
-    return [results for _, results in known.values()]
+    sweeps: dict[str, set[str | None]] = {}
+    for file, results in known.values():
+        sweeps.setdefault(variant_of(results), set()).add(_sweep_of(file, results["run"]))
+    loaded = []
+    for file, results in known.values():
+        sweep = _sweep_of(file, results["run"])
+        if sweep is not None and len(sweeps[variant_of(results)]) > 1:
+            results = {**results, "run": f"{sweep}/{results['run']}"}
+        loaded.append(results)
+    return loaded
 
 
 def _git_commit(root: Path) -> str | None:

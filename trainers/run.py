@@ -20,6 +20,7 @@ from .card import write_card
 from .checkpointing import AtomicCheckpointMixin, folder_lock, newest_complete_checkpoint
 from .data import data_identity, eval_splits, label_config, load_augmented, load_data, task_of
 from .distillation import DistillationArguments, DistillationTrainer
+from .figures import plot_training
 from .heads import HEADS, evaluate, evaluations
 from .initialization import (
     BUNDLED,
@@ -33,7 +34,6 @@ from .initialization import (
 from .pruning import WidthAdaptiveTrainer, labelled_batches
 from .recipe import DataSpec, Recipe, Stage
 from .results import RESULTS_NAME, environment, read_results, write_atomic, write_results
-from .tables import plot_training
 
 
 DONE = "DONE.json"  # written last into a finished teacher or stage folder
@@ -93,9 +93,9 @@ class _Run:
         self.environment = environment()  # the commit that trains, whatever is checked out meanwhile
         spec = recipe.data
         self.data = load_data(spec)
-        self.labels = label_config(self.data)
         self.task = task_of(spec, self.data)
         self.head = HEADS[self.task.kind]
+        self.labels = {} if self.task.kind == "embedding" else label_config(self.data)
         self.backbone = self._backbone(teachers)
         for stage in recipe.stages:  # fail before anything is trained
             student_config(recipe, stage, self.backbone, self.labels, self.head.name)
@@ -217,6 +217,8 @@ class _Run:
             logits_weight=stage.targets.logits,
             hidden_states_weight=stage.targets.hidden_states,
             attention_scores_weight=stage.targets.attention_scores,
+            embeddings_weight=stage.targets.embeddings,
+            labels_weight=stage.targets.labels,
             temperature=stage.temperature,
             teacher_dropout=stage.teacher_dropout,
             quantizer_learning_rate=stage.quantizer_learning_rate,
@@ -244,7 +246,9 @@ class _Run:
             "report_to": "none",
             "save_total_limit": 2,
             "save_strategy": "epoch",
-            "eval_strategy": "epoch",
+            "eval_strategy": "no"
+            if self.task.kind == "embedding"
+            else "epoch",  # the Trainer has no labels to compare
             "use_cpu": not torch.cuda.is_available(),  # bf16 on a CPU must be asked for by name
         }
         return defaults | training | {"output_dir": str(folder), "seed": seed}

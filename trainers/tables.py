@@ -1,20 +1,18 @@
-"""Tables and figures, rendered from results.
+"""Tables, rendered from results.
 
-Scores are shown times 100. Nothing here is typed by hand except the published numbers in `PUBLISHED`, each with its
-source.
+Scores are shown times 100. Nothing here is typed by hand; what papers report is in `published`.
 """
 
 from __future__ import annotations
 
-import io
-import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import load_results, write_atomic
+from .published import METHODS, published_drop, published_method
+from .results import load_results, variant_of
 
 
 # GLUE's column order in the TernaryBERT paper; a task that is not here comes last under its own name.
@@ -45,65 +43,6 @@ GLUE_COLUMNS = (
     ("rte", "accuracy"),
 )
 
-PUBLISHED_SOURCE = "TernaryBERT (Zhang et al., EMNLP 2020) or BinaryBERT (Bai et al., ACL 2021), BERT-base"
-_FULL = {
-    **{"mnli": 84.5, "qqp": 90.9, "qnli": 92.0, "squad": 88.7, "squad_v2": 77.7},
-    **{"sst2": 93.1, "cola": 58.1, "mrpc": 86.5, "stsb": (89.8 + 89.4) / 2, "rte": 71.1},
-}
-_BINARY = {
-    **{"mnli": 84.9, "qqp": 91.4, "qnli": 92.1, "squad": 89.7, "squad_v2": 77.5},
-    **{"sst2": 93.2, "cola": 59.7, "mrpc": 86.3, "stsb": 90.1, "rte": 72.2},
-}
-# (bits, weight quantizer, planes) -> (scores of the full-precision model, of the low-bit one). MNLI: matched. MRPC and
-# QQP: accuracy. SQuAD: F1. STS-B: mean of Pearson and Spearman in TernaryBERT, one correlation in BinaryBERT. CoLA:
-# Matthews correlation.
-PUBLISHED = {
-    # TernaryBERT (EMNLP 2020), dev results, rows BERT 32-32-32, TernaryBERT-TWN 2-2-8 and TernaryBERT-LAT 2-2-8
-    ("2-2-8", "twn", 1): (
-        _FULL,
-        {
-            **{"mnli": 83.3, "qqp": 90.1, "qnli": 91.1, "squad": 87.4, "squad_v2": 76.4},
-            **{"sst2": 92.8, "cola": 55.7, "mrpc": 87.5, "stsb": (87.9 + 87.7) / 2, "rte": 72.9},
-        },
-    ),
-    ("2-2-8", "lat", 1): (
-        _FULL,
-        {
-            **{"mnli": 83.5, "qqp": 90.1, "qnli": 91.5, "squad": 87.5, "squad_v2": 76.6},
-            **{"sst2": 92.5, "cola": 54.3, "mrpc": 87.0, "stsb": (87.9 + 87.6) / 2, "rte": 72.2},
-        },
-    ),
-    # BinaryBERT (ACL 2021), dev results without data augmentation, full-precision teacher, rows BWN (1 plane), TWS (2)
-    ("1-1-8", "bwn", 1): (
-        _BINARY,
-        {
-            **{"mnli": 84.2, "qqp": 91.1, "qnli": 90.7, "squad": 86.9, "squad_v2": 76.6},
-            **{"sst2": 92.3, "cola": 46.7, "mrpc": 82.6, "stsb": 86.8, "rte": 68.6},
-        },
-    ),
-    ("1-1-8", "bwn", 2): (
-        _BINARY,
-        {
-            **{"mnli": 84.2, "qqp": 91.2, "qnli": 91.5, "squad": 88.3, "squad_v2": 77.2},
-            **{"sst2": 92.6, "cola": 53.4, "mrpc": 85.5, "stsb": 88.6, "rte": 72.2},
-        },
-    ),
-    ("1-1-4", "bwn", 1): (
-        _BINARY,
-        {
-            **{"mnli": 83.5, "qqp": 90.9, "qnli": 90.7, "squad": 85.8, "squad_v2": 75.1},
-            **{"sst2": 92.3, "cola": 34.8, "mrpc": 79.9, "stsb": 84.9, "rte": 65.3},
-        },
-    ),
-    ("1-1-4", "bwn", 2): (
-        _BINARY,
-        {
-            **{"mnli": 83.9, "qqp": 91.2, "qnli": 90.9, "squad": 87.2, "squad_v2": 75.4},
-            **{"sst2": 92.3, "cola": 44.4, "mrpc": 83.3, "stsb": 87.2, "rte": 65.3},
-        },
-    ),
-}
-
 
 def escape_markdown(text: object) -> str:
     """One line of Markdown that shows `text` literally, also inside a table cell: no markup, no HTML, no template."""
@@ -124,34 +63,12 @@ def metric_label(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def variant_of(results: Mapping[str, Any]) -> str:
-    """The run's name without its task and seed: 'sst2/twn/seed42' is the variant 'twn'."""
-    drop = {results["task"], f"seed{results['seed']}"}
-    return "/".join(part for part in results["run"].split("/") if part not in drop) or results["run"]
-
-
 def main_score(results: Mapping[str, Any], part: str) -> float:
     """Main metric x 100 of `part`: "teacher", "student" (fake-quant) or "packed"."""
     return 100 * results[part]["metrics"][results["main_metric"]]
 
 
-def published_drop(results: Mapping[str, Any]) -> float | None:
-    """Points that the paper reports losing on this task with these bits, weight quantizer and planes, or None.
-
-    A ternary network of half width, an adaptively split one and the like have no published counterpart.
-    """
-    stages = results["recipe"].get("stages") or [{}]
-    quantization, inits = stages[-1].get("quantization") or {}, {stage.get("init") for stage in stages}
-    bits, planes = quantization.get("bits", ""), quantization.get("planes", 1)
-    quantizer = "bwn" if bits.startswith("1-") else quantization.get("weight_quantizer")
-    full, low = PUBLISHED.get((bits, quantizer, planes), ({}, {}))
-    other = any(stage.get("split_megabytes") for stage in stages) or ("pruned" in inits) != (planes == 2)
-    if results["task"] not in low or other:
-        return None
-    return round(full[results["task"]] - low[results["task"]], 2)
-
-
-class _Grid:
+class Grid:
     """Runs by task (columns) and variant (rows), each cell's runs in the order of their seeds."""
 
     def __init__(self, results: Sequence[Mapping[str, Any]]):
@@ -235,7 +152,7 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> str:
     Raises:
         ValueError: runs of one task that differ in metric, split or rows, or two runs of one name and seed.
     """
-    grid = _Grid(results)
+    grid = Grid(results)
     titles = []
     for task in grid.tasks:
         titles.append(f"{task_label(task)} ({metric_label(grid.column(task)[0]['main_metric'])})")
@@ -278,7 +195,7 @@ def glue_averages(scores: Mapping[tuple[str, str], float]) -> tuple[float, float
 def render_metrics(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown table of the packed models' metrics of tasks that have more than one, mean x 100 over the seeds, and
     GLUE's averages where a variant has all its columns; empty if there is neither."""
-    grid = _Grid(results)
+    grid = Grid(results)
     shown = {}
     for task in grid.tasks:
         metrics = list(dict.fromkeys(name for run in grid.column(task) for name in run["packed"]["metrics"]))
@@ -324,7 +241,7 @@ def update_tables(text: str, root: str | Path) -> str:
     return _BLOCK.sub(lambda match: match[1] + render_table(load_results([Path(root) / match[2]])) + match[3], text)
 
 
-def _notes(grid: _Grid) -> list[str]:
+def _notes(grid: Grid) -> list[str]:
     runs = [run for cell in grid.cells.values() for run in cell]
     rows = []
     for task in grid.tasks:
@@ -338,192 +255,28 @@ def _notes(grid: _Grid) -> list[str]:
     return [
         "Main metric x 100 of the packed model, mean ± sample standard deviation over the seeds. Drop: teacher minus "
         "packed model, each run against its own teacher; negative is a gain.",
-        f"Paper: drop of {PUBLISHED_SOURCE}, {benchmark} dev, at the same bits with the same weight quantizer; "
-        "**over** marks a mean drop above it.",
+        _paper_note(grid, benchmark),
         f"Evaluated on: {', '.join(rows)}. Runs: {len(runs)}. Seeds: {', '.join(map(str, seeds))}. "
         f"Commits: {escape_markdown(', '.join(commit[:7] + commit[40:] for commit in commits))}. "
         f"Devices: {escape_markdown('; '.join(devices))}.",
     ]
 
 
-# Okabe and Ito's palette, distinguishable with colour-vision deficiency; black is kept for the teacher.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-
-
-def _save_figure(draw: Callable[[Any], None], size: tuple[float, float], path: str | Path) -> None:
-    # Not pyplot: no global state, no display, and no backend changed for the caller.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_atomic(path, buffer.getvalue())
-
-
-def _literal(text: str) -> str:
-    """Text that matplotlib shows as it is: a dollar sign would start a formula."""
-    return text.replace("$", r"\$")
-
-
-def plot_results(results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Writes a PNG with one panel per task: the teacher and every variant, mean and standard deviation over the
-    seeds, single seeds as small dots."""
-    grid = _Grid(results)
-
-    def draw(figure: Any) -> None:
-        columns = min(len(grid.tasks), 3)
-        axes = figure.subplots(math.ceil(len(grid.tasks) / columns), columns, squeeze=False).flatten()
-        for axis, task in zip(axes, grid.tasks, strict=False):
-            points = [
-                ("teacher" if len(grid.teachers(task)) == 1 else f"teacher {model}", scores, "black")
-                for model, scores in grid.teachers(task).items()
-            ]
-            for index, variant in enumerate(grid.variants):
-                cell = grid.cells.get((task, variant), [])
-                scores = [main_score(run, "packed") for run in cell]
-                points.append((variant, scores, _COLOURS[index % len(_COLOURS)]))
-            for x, (_, scores, colour) in enumerate(points):
-                if not scores:
-                    continue
-                spread = statistics.stdev(scores) if len(scores) > 1 else None
-                axis.errorbar([x], [statistics.mean(scores)], yerr=spread, fmt="o", color=colour, capsize=4)
-                if len(scores) > 1:
-                    axis.plot([x + 0.2] * len(scores), scores, ".", color=colour, alpha=0.6, markersize=4)
-            teacher_mean = statistics.mean(points[0][1])
-            axis.axhline(teacher_mean, color="black", linewidth=0.8, linestyle=":")
-            axis.set_xticks(range(len(points)), [_literal(name) for name, _, _ in points], rotation=40, ha="right")
-            axis.set_xlim(-0.6, len(points) - 0.4)
-            axis.margins(y=0.15)
-            metric = metric_label(grid.column(task)[0]["main_metric"])
-            axis.set_title(_literal(f"{task_label(task)}\n{metric} x 100"), fontsize=10)
-            axis.grid(axis="y", alpha=0.3)
-        for axis in axes[len(grid.tasks) :]:
-            axis.remove()
-        figure.supxlabel("bars: standard deviation over seeds; small dots: seeds; dotted: teacher", fontsize=8)
-
-    columns = min(len(grid.tasks), 3)
-    width = max(2.6, 1.1 + 0.45 * (len(grid.variants) + 1)) * columns
-    _save_figure(draw, (max(4.0, width), 3.8 * math.ceil(len(grid.tasks) / columns)), path)
-
-
-def _megabytes(run: Mapping[str, Any]) -> float:
-    return run["packed"]["bytes"] / 1e6
-
-
-def _million_multiply_adds(run: Mapping[str, Any]) -> float:
-    if "multiply_adds" not in run:
-        raise ValueError(f"{run['run']}: its results lack the field 'multiply_adds', run it again")
-    return sum(run["multiply_adds"].values()) / 1e6
-
-
-# Horizontal axis of `plot_sizes` -> (its label, a run's value)
-SIZE_AXES = {
-    "bytes": ("file, MB (10^6 bytes)", _megabytes),
-    "multiply_adds": ("multiply-adds of a sentence of 128 tokens, millions", _million_multiply_adds),
-}
-
-
-def plot_sizes(results: Sequence[Mapping[str, Any]], path: str | Path, axis_name: str = "bytes") -> None:
-    """Writes a PNG of score against size: per variant the main metric x 100, mean over the tasks, and the MB of the
-    packed file or, with `axis_name` "multiply_adds", the encoder's work. Variants that lack a task are left out: their
-    mean would be of other tasks. Variants named alike but for a number at the end ("ghost-0.25", "ghost-0.5") are
-    joined by a line. The teacher's work is not in the results: its score is a dotted line."""
-    grid = _Grid(results)
-    label, size_of = SIZE_AXES[axis_name]
-
-    def draw(figure: Any) -> None:
-        axis = figure.subplots()
-        teachers = [score for task in grid.tasks for scores in grid.teachers(task).values() for score in scores]
-        if axis_name == "bytes":
-            size = statistics.mean(run["teacher"]["bytes"] / 1e6 for task in grid.tasks for run in grid.column(task))
-            _point(axis, "teacher", size, statistics.mean(teachers), "black")
-        else:
-            axis.axhline(statistics.mean(teachers), color="black", linewidth=0.8, linestyle=":")
-        series: dict[str, list[tuple[float, float]]] = {}
-        for variant in grid.variants:
-            cells = [grid.cells.get((task, variant), []) for task in grid.tasks]
-            if all(cells):
-                score = statistics.mean(statistics.mean(main_score(run, "packed") for run in cell) for cell in cells)
-                size = statistics.mean(size_of(run) for cell in cells for run in cell)
-                name = re.sub(r"-[\d.]+$", "", variant)
-                series.setdefault(name, []).append((size, score))
-                _point(axis, variant, size, score, _COLOURS[list(series).index(name) % len(_COLOURS)])
-        for index, points in enumerate(series.values()):
-            if len(points) > 1:
-                axis.plot(*zip(*sorted(points)), "-", color=_COLOURS[index % len(_COLOURS)], linewidth=1.0)
-        axis.set_xscale("log")
-        axis.margins(x=0.2, y=0.15)
-        axis.set_xlabel(label)
-        axis.set_ylabel(f"mean of {', '.join(task_label(task) for task in grid.tasks)}, x 100")
-        axis.grid(alpha=0.3)
-
-    _save_figure(draw, (7.0, 4.5), path)
-
-
-def _point(axis: Any, name: str, x: float, y: float, colour: str) -> None:
-    axis.plot([x], [y], "o", color=colour)
-    axis.annotate(_literal(name), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-
-
-# What the Trainer logs beside scores at each evaluation.
-_NOT_A_SCORE = ("loss", "runtime", "_per_second", "_time")
-
-
-def _curves(log_history: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict], dict[str, dict]]:
-    losses: dict[str, dict[int, float]] = {}
-    scores: dict[str, dict[int, float]] = {}
-    for entry in log_history:
-        if "step" not in entry or "train_runtime" in entry:
-            continue
-        for key, value in entry.items():
-            if not isinstance(value, int | float):
-                continue
-            if key.startswith("eval_"):
-                if not key.endswith(_NOT_A_SCORE):
-                    scores.setdefault(metric_label(key.removeprefix("eval_")), {})[entry["step"]] = 100 * value
-            elif "loss" in key:
-                losses.setdefault(metric_label(key), {})[entry["step"]] = value
-    return losses, scores
-
-
-def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Writes a PNG: every logged loss term (upper panel) and every evaluation score x 100 (lower) against the step.
-
-    Args:
-        log_history: `trainer.state.log_history`: terms are its training entries with "loss" in their name, scores its
-            `eval_*` entries.
-
-    Raises:
-        ValueError: the history holds neither.
-    """
-    losses, scores = _curves(log_history)
-    curves = [(name, lines) for name, lines in (("loss", losses), ("score x 100", scores)) if lines]
-    if not curves:
-        raise ValueError("the log history holds no training loss and no evaluation score")
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots(len(curves), 1, sharex=True, squeeze=False).flat
-        for axis, (name, lines) in zip(axes, curves, strict=True):
-            for index, (label, points) in enumerate(lines.items()):
-                steps = sorted(points)
-                # A lone evaluation is a point: a line through it would be invisible.
-                axis.plot(
-                    steps,
-                    [points[step] for step in steps],
-                    marker="o" if name != "loss" or len(steps) == 1 else None,
-                    markersize=4,
-                    linewidth=2.0 if label == "loss" else 1.3,
-                    color="black" if label == "loss" else _COLOURS[index % len(_COLOURS)],
-                    label=_literal(label),
-                )
-            if name == "loss" and all(value > 0 for points in lines.values() for value in points.values()):
-                axis.set_yscale("log")
-            axis.set_ylabel(name)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        axis.set_xlabel("step")
-
-    _save_figure(draw, (8.0, 3.0 * len(curves)), path)
+def _paper_note(grid: Grid, benchmark: str) -> str:
+    """Whose drop stands beside which variant's."""
+    variants: dict[str, list[str]] = {}
+    for (_, variant), cell in grid.cells.items():
+        for run in cell:
+            if published_drop(run) is not None:
+                names = variants.setdefault(METHODS[published_method(run)][0], [])
+                names += [variant] * (variant not in names)
+    if not variants:
+        return "Paper: no drop is known to us for networks made like these."
+    whose = "; ".join(
+        paper if len(names) == len(grid.variants) else f"{paper} for {', '.join(sorted(names))}"
+        for paper, names in variants.items()
+    )
+    return (
+        f"Paper: drop of BERT-base on {benchmark} dev at the same bits with the same weight quantizer, "
+        f"{escape_markdown(whose)}; **over** marks a mean drop above it."
+    )

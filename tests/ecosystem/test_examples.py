@@ -129,12 +129,10 @@ def test_question_answering(model, tmp_path, monkeypatch):
         row["answers"] = {"text": [text] if text else [], "answer_start": [start] if text else []}
     data = write(tmp_path / "data.jsonl", rows * 8)
     arguments = ("--train_file", data, "--validation_file", data, "--max_seq_length", "18", "--doc_stride", "4")
-    options = ("--version_2_with_negative", "--max_steps", "60")
-    module = run("run_qa", monkeypatch, *common(model, tmp_path / "out", *arguments, *options))
+    options = ("--max_query_length", "6", "--version_2_with_negative", "--max_steps", "60")
+    run("run_qa", monkeypatch, *common(model, tmp_path / "out", *arguments, *options))
     assert metrics(tmp_path / "out")["eval_f1"] > 60
     assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out/packed").is_packed
-    assert module.f1("The notes", "notes!") == 1.0 and module.f1("", "x") == 0.0 and module.f1("", "the") == 1.0
-    assert module.f1("Ada Lovelace", "Ada") == pytest.approx(2 / 3)
 
 
 def test_a_latent_checkpoint_trains_on(model, tmp_path, monkeypatch):

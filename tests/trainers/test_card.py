@@ -234,7 +234,7 @@ def test_results_of_another_file_are_refused(folder, results, what, value):
     assert not (folder / "README.md").exists()
 
 
-@pytest.mark.parametrize("config", [None, "", "[]", "{}", '{"architectures": ["TernaryBertModel"]}'])
+@pytest.mark.parametrize("config", [None, "", "[]", "{}", '{"architectures": ["TernaryBertForMultipleChoice"]}'])
 def test_a_folder_that_is_no_packed_classifier_is_refused(folder, results, config):
     (folder / "config.json").unlink()
     if config is not None:

@@ -99,7 +99,7 @@ def make_trainer(folder, student, teacher, *, rows=None, extra_padding=0, callba
 
 
 def only(target):
-    return {f"{name}_weight": float(name == target) for name in ("logits", "hidden_states", "attention_scores")}
+    return {f"{name}_weight": float(name == target) for name in (*TARGETS, "labels")}
 
 
 class Gradients(TrainerCallback):
@@ -246,6 +246,35 @@ def test_only_what_is_needed_is_captured(tmp_path, target):
         assert kwargs["output_hidden_states"] == (target == "hidden_states")
         assert kwargs["output_attentions"] == (target == "attention_scores")
         assert "labels" not in kwargs
+
+
+@pytest.mark.parametrize("cls, head, config", [
+    (BertForSequenceClassification, "sequence", {}),
+    (BertForSequenceClassification, "sequence", {"num_labels": 1, "problem_type": "regression"}),
+    (BertForQuestionAnswering, "span", {}),
+])  # fmt: skip
+def test_labels_alone_are_the_task_loss_and_need_no_teacher(tmp_path, cls, head, config):
+    student, rows = make_model(1, cls, **config), make_rows(8, head=head)
+    if config:
+        rows = [{**row, "labels": float(row["labels"])} for row in rows]
+    trainer = make_trainer(tmp_path, student, make_model(2, cls, **config), rows=rows, max_steps=1, **only("labels"))
+    trainer.teacher.register_forward_hook(lambda *_: pytest.fail("the teacher ran"))
+    with torch.no_grad():
+        expected = student.train()(**collate(rows)).loss.item()
+    trainer.train()
+    (logged,) = (entry for entry in trainer.state.log_history if "loss_labels" in entry)
+    assert logged["loss_labels"] == pytest.approx(expected, rel=1e-5) == logged["loss"]
+
+
+def test_labels_beside_another_target(tmp_path):
+    student = make_model(1)
+    trainer = make_trainer(tmp_path, student, make_model(2), max_steps=1, **(only("logits") | {"labels_weight": 0.5}))
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(entry["loss_logits"] + 0.5 * entry["loss_labels"], rel=1e-5)
+    rows = [{"input_ids": row["input_ids"]} for row in make_rows()]
+    with pytest.raises(ValueError, match="labels: the batch holds none of this head"):
+        make_trainer(tmp_path / "none", student, make_model(2), rows=rows, **only("labels")).train()
 
 
 def test_teacher_dropout_is_a_choice(tmp_path):

@@ -29,7 +29,8 @@ def test_known_values(name):
 def test_main_metrics():
     assert main_metric("cola") == "matthews_correlation" and main_metric("stsb") == "pearson_spearman"
     assert main_metric("squad") == main_metric("squad_v2") == "f1"
-    others = set(SENTENCES) - {"cola", "stsb"}
+    assert main_metric("stsb_embedding") == "spearmanr"
+    others = set(SENTENCES) - {"cola", "stsb", "stsb_embedding"}
     assert {main_metric(name) for name in others} == {"accuracy"}
 
 
@@ -76,7 +77,7 @@ def test_no_score_for_broken_predictions(predictions, references):
 def test_every_door_gives_the_same_scores(name):
     task = TASKS[name]
     rng = np.random.default_rng(0)
-    if task.kind == "regression":
+    if task.label_names is None:
         logits, references = rng.normal(size=(50, 1)).astype(np.float32), rng.uniform(0, 5, 50).astype(np.float32)
         predictions = logits[:, 0]
     else:

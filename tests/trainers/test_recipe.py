@@ -140,7 +140,7 @@ def test_the_last_override_wins(tmp_path):
         ({"stages": [{"targets": {"logits": -1}}]}, "stages.0.targets.logits: expected a finite weight of at least 0"),
         (
             {"stages": [{"targets": {"logits": 0, "hidden_states": 0, "attention_scores": 0}}]},
-            "attention_scores: expected at least one positive weight",
+            "embeddings, labels: expected at least one positive weight",
         ),
         ({"stages": [{"quantization": {"bits": "2-8"}}]}, "stages.0.quantization.bits: expected W-E-A"),
         ({"stages": [{"quantization": {"bits": 228}}]}, "stages.0.quantization.bits: expected str, found int 228"),

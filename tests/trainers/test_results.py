@@ -1,22 +1,14 @@
 import copy
 import json
 import subprocess
-import sys
 
 import pytest
 
 from trainers import results as module
 from trainers import tables
-from trainers.results import environment, load_results, read_results, write_atomic, write_results
-from trainers.tables import (
-    escape_markdown,
-    plot_results,
-    plot_sizes,
-    plot_training,
-    published_drop,
-    render_table,
-    variant_of,
-)
+from trainers.published import published_drop
+from trainers.results import environment, load_results, read_results, variant_of, write_atomic, write_results
+from trainers.tables import escape_markdown, render_table
 
 
 DIGEST = "0123456789abcdef" * 4
@@ -181,6 +173,30 @@ def test_load_takes_a_copy_once_and_refuses_a_contradiction(tmp_path):
         load_results([tmp_path / "empty"])
 
 
+def test_variants_of_one_name_are_told_apart_by_their_sweeps(tmp_path):
+    def write(folder, sweep, variant, seed, name="seed{}.json"):
+        run = make_results(variant=variant, seed=seed, fingerprint=f"{sweep}-{variant}-{seed}")
+        write_results(tmp_path / folder / sweep / "sst2" / variant / name.format(seed), run)
+
+    write("results", "one", "twn", 42)
+    write("results", "one", "alone", 42)
+    write("results", "two", "twn", 43)
+    write("runs", "two", "twn", 44, "seed{}/results.json")
+    runs = load_results([tmp_path / "results", tmp_path / "runs"])
+    assert {(variant_of(run), run["seed"]) for run in runs} == {
+        ("one/twn", 42), ("alone", 42), ("two/twn", 43), ("two/twn", 44),
+    }  # fmt: skip
+    # One sweep alone, also from several places, keeps its names.
+    folders = [tmp_path / "runs", tmp_path / "results" / "two" / "sst2"]
+    assert {variant_of(run) for run in load_results(folders)} == {"twn"}
+    # What both sweeps hold is one run, and the same seed in both is no contradiction.
+    write("results", "two", "twn", 42)
+    assert len(load_results([tmp_path / "results"])) == 4
+    shared = tmp_path / "results" / "one" / "sst2" / "alone" / "seed42.json"
+    write_results(tmp_path / "results" / "two" / "sst2" / "alone" / "seed42.json", read_results(shared))
+    assert [variant_of(run) for run in load_results([tmp_path / "results"])].count("alone") == 1
+
+
 def git(folder, *arguments):
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
@@ -234,56 +250,6 @@ def test_variant_is_the_name_without_task_and_seed():
     assert variant_of(make_results(variant="twn")) == "twn"
     assert variant_of(make_results(run="plain")) == "plain"
     assert variant_of(make_results(run="sst2/seed42")) == "sst2/seed42"
-
-
-@pytest.mark.parametrize(
-    "task, quantizer, drop",
-    [
-        ("sst2", "twn", 0.3),
-        ("sst2", "lat", 0.6),
-        ("cola", "twn", 2.4),
-        ("cola", "lat", 3.8),
-        ("mrpc", "twn", -1.0),
-        ("stsb", "twn", 1.8),
-        ("stsb", "lat", 1.85),
-        ("rte", "lat", -1.1),
-        ("rotten_tomatoes", "twn", None),
-        ("sst2", "binary", None),
-    ],
-)
-def test_published_drop(task, quantizer, drop):
-    assert published_drop(make_results(task=task, quantizer=quantizer)) == drop
-
-
-def test_published_drop_needs_the_published_bits_and_the_last_stage():
-    results = make_results()
-    results["recipe"]["stages"].append({"quantization": {"bits": "8-8-8", "weight_quantizer": "twn"}})
-    assert published_drop(results) is None
-
-
-@pytest.mark.parametrize(
-    "stages, drop",
-    [
-        ([{"init": "pruned"}, {"init": "split", "quantization": {"bits": "1-1-8", "planes": 2}}], 59.7 - 53.4),
-        ([{"init": "pruned"}, {"init": "split", "quantization": {"bits": "1-1-4", "planes": 2}}], 59.7 - 44.4),
-        ([{"init": "teacher", "quantization": {"bits": "1-1-8", "planes": 1}}], 59.7 - 46.7),
-        ([{"init": "teacher", "quantization": {"bits": "1-1-4"}}], 59.7 - 34.8),
-        # Nothing of that kind is published: half width without the split, some modules split, other bits.
-        ([{"init": "pruned"}, {"quantization": {"bits": "2-2-8", "weight_quantizer": "twn"}}], None),
-        ([{"init": "pruned"}, {"quantization": {"bits": "1-1-8"}}], None),
-        (
-            [
-                {"init": "pruned", "split_megabytes": 3.5},
-                {"init": "split", "quantization": {"bits": "1-1-8", "planes": 2}},
-            ],
-            None,
-        ),
-        ([{"quantization": {"bits": "1-1-1"}}], None),
-    ],
-)
-def test_published_drop_of_binary_networks(stages, drop):
-    found = published_drop(make_results(task="cola", recipe={"stages": stages}))
-    assert found == (None if drop is None else pytest.approx(drop, abs=0.01))
 
 
 def test_table_has_mean_spread_seeds_and_drop_against_the_own_teacher():
@@ -350,85 +316,6 @@ def test_two_runs_of_one_name_and_no_runs_are_refused():
         render_table([])
 
 
-def log_history(steps=20):
-    history = []
-    for step in range(10, 10 * steps + 1, 10):
-        history.append({"loss": 3.0 / step, "loss_logits": 1.0 / step, "loss_hidden_states": 2 / step, "step": step})
-        if step % 50 == 0:
-            history.append({"eval_loss": 1.0, "eval_accuracy": 0.5 + step / 1000, "eval_runtime": 2.0, "step": step})
-    return [*history, {"train_runtime": 5.0, "train_loss": 1.0, "step": steps * 10}]
-
-
-def test_curves_are_the_terms_and_the_scores_only():
-    losses, scores = tables._curves(log_history())
-    assert set(losses) == {"loss", "loss logits", "loss hidden states"} and set(scores) == {"accuracy"}
-    assert scores["accuracy"][50] == pytest.approx(55.0) and len(losses["loss"]) == 20
-
-
-def png_size(path):
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-
-
-def test_one_panel_per_task_and_no_empty_ones(monkeypatch):
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    monkeypatch.setattr(tables, "_save_figure", lambda draw, _size, _path: draw(figure))
-    plot_results([make_results(task) for task in ("rte", "sst2", "mrpc", "other")], "unused.png")
-    assert [axis.get_title().splitlines()[0] for axis in figure.axes] == ["SST-2", "MRPC", "RTE", "other"]
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["teacher", "twn"]
-
-
-def test_sizes_are_drawn_for_variants_with_every_task(monkeypatch):
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    monkeypatch.setattr(tables, "_save_figure", lambda draw, _size, _path: draw(figure))
-    whole = [make_results(task, "whole", packed=score) for task, score in (("sst2", 0.9), ("mrpc", 0.7))]
-    plot_sizes([*whole, make_results("sst2", "part")], "unused.png")
-    (axis,) = figure.axes
-    points = {note.get_text(): tuple(line.get_xydata()[0]) for note, line in zip(axis.texts, axis.lines, strict=True)}
-    assert points.keys() == {"teacher", "whole"}
-    assert points["whole"] == pytest.approx((6.1, 80.0)) and points["teacher"][0] == pytest.approx(90.9)
-
-
-def test_work_is_drawn_and_widths_are_joined(monkeypatch):
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    monkeypatch.setattr(tables, "_save_figure", lambda draw, _size, _path: draw(figure))
-    runs = [
-        make_results("sst2", f"{name}-{width}", packed=score, multiply_adds={"backbone": width * 1e8, "ghosts": extra})
-        for name, extra, scores in (("ghost", 2e6, (0.8, 0.86)), ("pruned", 0, (0.7, 0.85)))
-        for width, score in zip((0.25, 0.5), scores)
-    ]
-    plot_sizes(runs, "unused.png", "multiply_adds")
-    (axis,) = figure.axes
-    assert [note.get_text() for note in axis.texts] == ["ghost-0.25", "ghost-0.5", "pruned-0.25", "pruned-0.5"]
-    lines = [line.get_xydata().flatten().tolist() for line in axis.lines if line.get_linestyle() == "-"]
-    assert lines == [pytest.approx([27, 80, 52, 86]), pytest.approx([25, 70, 50, 85])]
-    with pytest.raises(ValueError, match="lack the field 'multiply_adds'"):
-        plot_sizes([make_results()], "unused.png", "multiply_adds")
-
-
-def test_figures_are_png_and_leave_the_backend_alone(tmp_path):
-    runs = [make_results(task, "a $\\x_", seed) for task in ("sst2", "mrpc", "rte") for seed in (1, 2)]
-    plot_results(runs, tmp_path / "scores.png")
-    wide, high = png_size(tmp_path / "scores.png")
-    assert wide > high > 300
-    plot_results(runs[:1], tmp_path / "one.png")
-    assert png_size(tmp_path / "one.png")[0] < wide
-    plot_training(log_history(), tmp_path / "training.png")
-    both = png_size(tmp_path / "training.png")[1]
-    plot_training([{"loss": 1.0, "step": 1}], tmp_path / "loss.png")
-    assert png_size(tmp_path / "loss.png")[1] < both
-    with pytest.raises(ValueError, match="log history"):
-        plot_training([], tmp_path / "none.png")
-    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
-
-
 # Rows as the papers' repositories print them: MNLI-m, -mm, QQP, QNLI, SST-2, CoLA, STS-B, MRPC, RTE.
 PRINTED = {
     "BinaryBERT's teacher": ([84.9, 85.5, 91.4, 92.1, 93.2, 59.7, 90.1, 86.3, 72.2], 83.9, None),
@@ -476,5 +363,5 @@ def test_squad_is_measured_against_its_own_dev_split():
         run[part]["metrics"] = {"f1": 0.8 if part == "teacher" else 0.79, "exact_match": 0.7}
     assert published_drop(run) == pytest.approx(88.7 - 87.4)
     table = render_table([run])
-    assert "SQuAD v1.1 (f1)" in table and "BERT-base, SQuAD dev, at the same bits" in table
-    assert "BERT-base, GLUE dev, at the same bits" in render_table([make_results()])
+    assert "SQuAD v1.1 (f1)" in table and "BERT-base on SQuAD dev at the same bits" in table
+    assert "BERT-base on GLUE dev at the same bits" in render_table([make_results()])

