@@ -371,22 +371,31 @@ L3_BYTES = 32 << 20
 def floor_ms(network: str, name: str, batch: int, tokens: int, threads: int) -> float | None:
     """Least milliseconds that the CPU's arithmetic or memory allows: matrix products by 8-bit dot products, of 1-bit
     activations by counting, attention in 8 bits, weights read once. None where nothing was probed (byte tables)."""
-    if threads not in PEAKS or name == "W1A4":
+    if threads not in PEAKS or name.startswith(("W1A8", "W1A4")):
         return None
     sizes = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072} | NETWORKS[network]
     hidden, layers, wide = (sizes[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
     weights = layers * (4 * hidden * hidden + 2 * hidden * wide)
-    planes = 2 if "two planes" in name else 1
     peak = PEAKS[threads]
-    stored = weights * int(name[1]) * planes / 8
-    products = weights * planes * batch * tokens / peak["counts" if name == "W1A1" else "bytes"]
+    stored = weights * int(name[1]) / 8
+    products = weights * batch * tokens / peak["counts" if name == "W1A1" else "bytes"]
     attention = layers * batch * tokens * tokens * 2 * hidden / peak["bytes"]
     return 1000 * max(products + attention, stored / peak["L3" if stored < L3_BYTES else "DRAM"])
 
 
 def render(report: Mapping[str, Any], kinds: Iterable[str] = ("speed", "memory", "pipeline")) -> str:
-    """Markdown tables of a report: our settings as ratios to the best rival, floors beside them, rivals in ms."""
-    return "\n\n".join(part for kind in kinds for part in _RENDER[kind](report.get(kind, {})))
+    """Markdown tables of a report: our settings as ratios to the best rival, floors beside them, rivals in ms.
+
+    Kinds may name a number of threads, as `speed/2`.
+    """
+    parts = []
+    for kind, _, threads in (kind.partition("/") for kind in kinds):
+        cells = report.get(kind, {})
+        if threads:
+            wanted = thread_name(int(threads))
+            cells = {network: {wanted: by[wanted]} for network, by in cells.items() if wanted in by}
+        parts += _RENDER[kind](cells)
+    return "\n\n".join(parts)
 
 
 def _render_speed(speed: Mapping[str, Any]) -> Iterable[str]:
@@ -447,7 +456,7 @@ def _render_pipeline(results: Mapping[str, Any]) -> Iterable[str]:
 
 
 _RENDER = {"speed": _render_speed, "memory": _render_memory, "pipeline": _render_pipeline}
-_BLOCK = re.compile(r"(<!-- qbert bench (\S+)((?: \w+)*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- qbert bench (\S+)((?: [\w/]+)*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def update_text(text: str, root: Path) -> str:
