@@ -98,9 +98,14 @@ def split_costs(model: PreTrainedModel) -> tuple[int, dict[str, int]]:
     costs = {}
     for unit in units:
         found = [_module(packed, prefix, name) for name in unit.split("+")]
-        size = sum(layer.weight.nbytes + layer.weight_scale.nbytes + HEADER_BYTES for layer in found)
+        size = sum(layer.weight.nbytes + _split_scales(layer) + HEADER_BYTES for layer in found)
         costs[unit] = -(-size // KIB)
     return plain, costs
+
+
+def _split_scales(layer: nn.Module) -> int:
+    """Bytes that the scales of a plain binary packed layer grow by when it is split: planes have float32 ones."""
+    return 2 * layer.weight_scale.numel() * torch.float32.itemsize - layer.weight_scale.nbytes
 
 
 def split_multiply_adds(model: PreTrainedModel, tokens: int = 128) -> dict[str, int]:
@@ -227,7 +232,7 @@ def _ternary(layers: list[nn.Module]) -> Iterator[None]:
     specs = [layer.spec for layer in layers]
     try:
         for layer, spec in zip(layers, specs):
-            layer.spec = dataclasses.replace(spec, quantizer="twn")
+            layer.spec = dataclasses.replace(spec, quantizer="twn", short_scale=False)
         yield
     finally:
         for layer, spec in zip(layers, specs):

@@ -80,8 +80,15 @@ def test_the_spec_is_the_config():
 
 @pytest.mark.parametrize("name", ["glue", "backbones", "studies"])
 def test_every_run_with_ghosts_has_its_control(name):
-    """Same recipe but for the placement: teacher, seed, width and training."""
+    """Same recipe but for the placement: teacher, seed, width and training. The optional last stage is a study of its
+    own: its control is the run without it."""
     runs = {run.name: run.recipe for run in load_sweep(EXAMPLES / "sweeps" / f"ghostbert-{name}.yaml").runs}
+    tuned = {name: recipe for name, recipe in runs.items() if recipe.stages[-1].targets.labels}
+    assert all(len(recipe.stages) == 2 for recipe in tuned.values())
+    runs = {
+        name: dataclasses.replace(recipe, stages=recipe.stages[:1]) if name in tuned else recipe
+        for name, recipe in runs.items()
+    }
 
     def bare(recipe):
         stages = tuple(dataclasses.replace(stage, ghost=GhostSpec()) for stage in recipe.stages)
