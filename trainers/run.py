@@ -246,9 +246,7 @@ class _Run:
             "report_to": "none",
             "save_total_limit": 2,
             "save_strategy": "epoch",
-            "eval_strategy": "no"
-            if self.task.kind == "embedding"
-            else "epoch",  # the Trainer has no labels to compare
+            "eval_strategy": "no" if self.task.kind == "embedding" else "epoch",  # the former has no labels
             "use_cpu": not torch.cuda.is_available(),  # bf16 on a CPU must be asked for by name
         }
         return defaults | training | {"output_dir": str(folder), "seed": seed}
