@@ -178,8 +178,8 @@ class _Run:
         return teacher
 
     def _stage(self, index: int, stage: Stage, previous: str, teacher: PreTrainedModel) -> tuple[str, dict]:
-        """(folder of the stage's model, its record). All stages but the last are kept beside the teachers: runs that
-        begin alike share them."""
+        """(folder of the stage's model, its record). All stages but the last are kept beside the teachers, where runs
+        that begin alike find them, and one that ends with such a stage."""
         begun = self.recipe.stages[: index + 1]
         rows = self.identity if any(earlier.augmented for earlier in begun) else self.original
         identity = {
@@ -189,11 +189,11 @@ class _Run:
             "stages": self.recipe.portable()["stages"][: index + 1],
             "seed": self.recipe.seed,
         }
-        folder = self.output / f"stage-{index}-{stage.name}"
-        if index < len(self.recipe.stages) - 1:
-            key = {**identity, "data": self.recipe.portable()["data"], "rows": rows}
-            digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-            folder = self.teacher_folder.parent / f"{self.recipe.data.task or 'own'}-{stage.name}-{digest}"
+        key = {**identity, "data": self.recipe.portable()["data"], "rows": rows}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+        folder = self.teacher_folder.parent / f"{self.recipe.data.task or 'own'}-{stage.name}-{digest}"
+        if index == len(self.recipe.stages) - 1 and not (folder / DONE).exists():
+            folder = self.output / f"stage-{index}-{stage.name}"
         model_folder = folder / "model"
         with _wait_for_lock(folder):
             if not (folder / DONE).exists():
