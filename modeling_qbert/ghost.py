@@ -60,13 +60,18 @@ class GhostFeatures(nn.Dropout):
     def forward(self, y: Tensor) -> Tensor:
         real = getattr(_running, "real_tokens", None)
         source = y if real is None else y.masked_fill(~real.to(y.device).unsqueeze(-1), 0)
-        weight = self.kernels().transpose(0, 1).reshape(-1, 1, self.kernel_size)  # (C * F, 1, k)
-        ghosts = functional.conv1d(
-            source.transpose(1, 2), weight.to(y.dtype), padding=self.kernel_size // 2, groups=y.shape[-1]
-        )
-        ghosts = self.activation(ghosts).unflatten(1, (y.shape[-1], -1))  # (B, C, F, T)
-        ghosts = (ghosts * self.ghost_scale.view(-1, 1)).sum(2)
-        return super().forward(y + ghosts.transpose(1, 2).to(y.dtype))
+        dtype = torch.promote_types(y.dtype, torch.float32)  # rounded once, under autocast as well
+        half = self.kernel_size // 2
+        padded = functional.pad(source.to(dtype), (0, 0, half, half))
+        shifted = [padded.narrow(1, offset, y.shape[1]) for offset in range(self.kernel_size)]  # k views (B, T, C)
+        total = y.to(dtype)
+        # Sums of shifted tokens: conv1d with a group per channel takes twice the time, most of it backward.
+        for kernel, scale in zip(self.kernels().to(dtype), self.ghost_scale.to(dtype), strict=True):
+            feature = shifted[0] * kernel[:, 0]
+            for offset in range(1, self.kernel_size):
+                feature = torch.addcmul(feature, shifted[offset], kernel[:, offset])
+            total = total + scale * self.activation(feature)
+        return super().forward(total.to(y.dtype))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.normalization}, kernels={tuple(self.ghost_kernel.shape)}"

@@ -381,16 +381,29 @@ def test_ghosts_cost_less_than_3_percent(backbone, shape, heads):
 
 
 def test_multiply_adds_are_those_of_the_layers():
-    """Against the products that a forward pass makes."""
+    """Against the products that a forward pass makes: those of matrices, and of a kernel's column with shifted tokens."""
+    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
+
+    class KernelProducts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            kernel = function in (torch.ops.aten.mul.Tensor, torch.ops.aten.addcmul.default)
+            if kernel and isinstance(args[-1], torch.Tensor) and args[-1].dim() == 1:
+                self.count += out.numel()
+            return out
 
     for backbone in HEADS:
         model = ghosts(backbone, "base")
         model.set_attn_implementation("eager")
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter, KernelProducts() as kernels, torch.no_grad():
             model(torch.full((1, 16), 7))
         pooler = 36 * 36 if backbone != "electra" else 0
-        assert counter.get_total_flops() / 2 == sum(multiply_adds(model.config, 16).values()) + pooler
+        counted = multiply_adds(model.config, 16)
+        assert kernels.count == counted.pop("ghosts") > 0
+        assert counter.get_total_flops() / 2 == sum(counted.values()) + pooler
 
 
 @pytest.mark.parametrize("bits", ["32-32-32", "1-1-8"])
