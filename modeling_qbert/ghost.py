@@ -5,8 +5,9 @@ dropout, residual and LayerNorm. With ghost features it becomes
 
     Y + sum over f of s_f * phi(DWConv_f(Y)),    DWConv_f(Y)[i, c] = sum over t of p_fct * Y[i + t - k // 2, c],
 
-a depthwise convolution over the tokens whose k weights p_fc are a softmax, a non-linearity phi (ReLU), and a learned
-factor s_f that starts at 0: a checkpoint keeps its answers until the first step of training.
+a depthwise convolution over the tokens whose k weights p_fc are a softmax, a non-linearity phi (ReLU), and learned
+factors s_fc that start at 0: a checkpoint keeps its answers until the first step of training. With one factor for all
+channels of a feature training hardly used the features.
 
 After the attention, Y is the sum over the kept heads of H_h = context_h W_O^h (and the bias). A ghost feature has one
 kernel for all heads: a convolution is linear, sum_h DWConv_f(H_h) = DWConv_f(sum_h H_h), so no head's part is computed
@@ -44,7 +45,7 @@ class GhostFeatures(nn.Dropout):
         self.kernel_size, self.normalization = kernel_size, normalization
         self.activation = ACT2FN[activation]
         self.ghost_kernel = nn.Parameter(torch.empty(features, channels, kernel_size))  # logits of the softmax
-        self.ghost_scale = nn.Parameter(torch.empty(features))
+        self.ghost_scale = nn.Parameter(torch.empty(features, channels))
         self.reset()
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ def multiply_adds(config: LowBitConfig, tokens: int = 128) -> dict[str, int]:
     """Multiply-adds of one sentence in the encoder that a config describes, of its `backbone` and of its `ghosts`.
 
     Counted are products with matrices and kernels and the two of attention, whatever their bits, planes once. As usual
-    nothing element-wise is counted (LayerNorm, activation functions, scales, the factor of a ghost feature), nor the
+    nothing element-wise is counted (LayerNorm, activation functions, scales, factors of ghost features), nor the
     pooler and head, which see one token.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads
@@ -43,7 +43,7 @@ def multiply_adds(config: LowBitConfig, tokens: int = 128) -> dict[str, int]:
 
 def ghost_parameters(config: LowBitConfig) -> int:
     """Kernel weights and factors of all ghost features that a config describes."""
-    return config.num_hidden_layers * (_ghost_weights(config) + _ghosts(config))
+    return config.num_hidden_layers * (_ghost_weights(config) + _ghosts(config) * config.hidden_size)
 
 
 def _ghosts(config: LowBitConfig) -> int:
