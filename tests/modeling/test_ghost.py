@@ -381,7 +381,7 @@ def test_ghosts_cost_less_than_3_percent(backbone, shape, heads):
 
 
 def test_multiply_adds_are_those_of_the_layers():
-    """Against the products that a forward pass makes: those of matrices, and of a kernel's column with shifted tokens."""
+    """Against the products that a forward pass makes: with matrices, and with columns of kernels."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
