@@ -28,7 +28,7 @@ sanitize: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/qbert bench --figure benchmarks/results/bench.png
 
-# Transformers' own model tests, an hour on two cores; HF_TESTS="-k TernaryBert" runs some. Counts: COUNTS.md beside them.
+# Transformers' own model tests, half an hour on one core; HF_TESTS="-k TernaryBert" runs some. Counts: COUNTS.md beside them.
 hf-tests: $(VENV)/dev.stamp
 	$(BIN)/python tests/ecosystem/transformers_common/fetch.py .cache/transformers-tests
 	$(BIN)/python -m pytest -o addopts= -q -W ignore --tb=short --show-capture=no $(HF_TESTS) \

@@ -2,7 +2,8 @@
 
     python benchmarks/onnx_runtime.py [--checkpoint FOLDER] [--threads N] [--output benchmarks/results]
 
-Candidates are interleaved round by round and medians are over rounds. `onnx` is the file of `qbert export`;
+Candidates are interleaved round by round, medians are over rounds, and `ratio` is how many times as long as `packed`
+the ONNX file takes. `onnx` is the file of `qbert export`;
 `onnx_level_4` the same file with MatMulNBits at accuracy level 4, 8-bit blocks of activations: what that costs in
 answers stands beside its time. `fp32` is the dequantized network in torch. No speed is printed when answers of `onnx`
 are not those of `packed`.
@@ -12,7 +13,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +24,13 @@ from transformers import AutoConfig
 
 import modeling_qbert
 from modeling_qbert import export_onnx, ops
+from trainers.bench import interleaved, ratio
 from trainers.latency import cpu_name
 from trainers.results import environment
 
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ((1, 8), (1, 32), (1, 128), (8, 128))  # batch, tokens
-ROUNDS = 15
 
 
 def with_level(file: Path, level: int) -> bytes:
@@ -79,13 +79,9 @@ def main() -> None:
         differences = {name: float(np.abs(answer - answers["packed"]).max()) for name, answer in answers.items()}
         if differences["onnx"] > 1e-4:
             raise SystemExit(f"{batch} x {tokens}: answers differ by {differences['onnx']}; no speed printed")
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(ROUNDS):
-            for name, call in calls.items():
-                started = time.perf_counter()
-                call()
-                times[name].append(1000 * (time.perf_counter() - started))
-        row = {"batch": batch, "tokens": tokens, "milliseconds": {k: statistics.median(v) for k, v in times.items()}}
+        times = interleaved(calls)
+        medians = {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+        row = {"batch": batch, "tokens": tokens, "milliseconds": medians, "ratio": ratio(times, "onnx", "packed")}
         rows.append(row | {"largest_difference": {k: differences[k] for k in sessions}})
         print(row["milliseconds"], rows[-1]["largest_difference"], flush=True)
     found = {

@@ -310,7 +310,8 @@ def _latency(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from .bench import plot, render, run, update_text
+    from .bench import run
+    from .bench_report import plot, render, update_text
     from .results import write_atomic
 
     for path in map(Path, arguments.update or ()):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainers import bench, rivals
+from trainers import bench, bench_report, rivals
 
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def test_a_cell_names_what_is_missing(tiny, tmp_path, monkeypatch):  # noqa: ARG
     report = bench.merge(tmp_path / "r.json", "speed", "tiny", 2, {"1x4": cell})
     assert json.loads((tmp_path / "r.json").read_text()) == report
     assert set(report["speed"]["tiny"]) == {"1 thread", "2 threads"}
-    text = bench.render(report)
+    text = bench_report.render(report)
     assert "no_such_package not installed" in text and text.count("| W1A1 |") == 2
 
 
@@ -75,4 +75,4 @@ def test_prepared_networks_are_kept(tiny, tmp_path):  # noqa: ARG001
 def test_tables_are_rendered_from_the_results(name):
     text = (ROOT / name).read_text()
     assert "<!-- qbert bench" in text
-    assert bench.update_text(text, ROOT) == text, f"render them again: qbert bench --update {name}"
+    assert bench_report.update_text(text, ROOT) == text, f"render them again: qbert bench --update {name}"
