@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, pipeline
 
 import modeling_qbert
@@ -39,7 +40,8 @@ def test_bytes_are_those_of_the_results(folder):
 
 
 def test_pipeline_answers_as_recorded(folder):
-    """`golden.json`: sentences with the label and score that the checkpoint gave when it was published."""
+    """`golden.json`: sentences with the label and score, questions with the answer, or pairs with the cosine of their
+    vectors that the checkpoint gave when it was published."""
     golden = json.loads((folder / "golden.json").read_text())
     if isinstance(golden[0][0], dict) and "question" in golden[0][0]:
         model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -47,6 +49,12 @@ def test_pipeline_answers_as_recorded(folder):
         for asked, text, probability in golden:
             found = answer_question(model, tokenizer, **asked, unanswerable=unanswerable)
             assert (found["answer"], found["score"]) == (text, pytest.approx(probability, abs=2e-2))
+        return
+    if golden[0][1] == "cosine":
+        embed = SentenceTransformer(str(folder), device="cpu")
+        for pair, _, cosine in golden:
+            first, second = embed.encode([pair["text"], pair["text_pair"]], normalize_embeddings=True)
+            assert float(first @ second) == pytest.approx(cosine, abs=2e-2)
         return
     classify = pipeline("text-classification", model=str(folder))
     for text, label, score in golden:
