@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from modeling_qbert import get_model_class
-from trainers.data import TASKS
 from trainers.metrics import score
+from trainers.tasks import TASKS
 
 
 logger = logging.getLogger(__name__)

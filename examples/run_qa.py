@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from modeling_qbert import get_model_class
-from trainers.data import get_task
 from trainers.question_answering import best_answers, score, windows
 from trainers.recipe import DataSpec
+from trainers.tasks import get_task
 
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .data import TASKS
 from .results import validate_results, write_atomic
 from .tables import escape_markdown, main_score, metric_label, task_label
+from .tasks import TASKS
 
 
 CARD_NAME = "README.md"

@@ -176,9 +176,9 @@ def _distill(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from .data import get_task
     from .recipe import DataSpec
     from .run import evaluate_checkpoint
+    from .tasks import get_task
 
     spec = DataSpec(
         task=arguments.task,
@@ -193,8 +193,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _augment(arguments: argparse.Namespace) -> None:
     from .augmentation import augment
-    from .data import get_task
     from .recipe import DataSpec
+    from .tasks import get_task
 
     path = arguments.data or get_task(arguments.task).dataset
     eval_split = "validation" if arguments.split != "validation" else "train"
@@ -222,11 +222,12 @@ def _augment(arguments: argparse.Namespace) -> None:
 def _prune(arguments: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
-    from .data import get_task, load_data, tokenize
+    from .data import load_data, tokenize
     from .initialization import resolve_model
     from .pruning import head_and_neuron_importance, labelled_batches, load_full_precision, rewire, subnetwork
     from .recipe import DataSpec
     from .run import evaluate_checkpoint
+    from .tasks import get_task
 
     path = arguments.data or get_task(arguments.task).dataset
     spec = DataSpec(task=arguments.task, path=path, max_length=arguments.max_length)

@@ -13,10 +13,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .data import Task, check_length
+from .data import check_length
 from .losses import mean_pool
 from .metrics import score
 from .recipe import DataSpec
+from .tasks import Task
 
 
 GOLDEN_PAIRS = (

@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from . import embeddings, question_answering
-from .data import Task, eval_splits, tokenize
+from .data import eval_splits, tokenize
 from .losses import mean_pool
 from .metrics import compute_metrics_for, score
 from .recipe import DataSpec
+from .tasks import Task
 
 
 GOLDEN_TEXTS = (

@@ -23,9 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from modeling_qbert import verify_checkpoint, write_remote_code
 
 from .card import CARD_NAME, write_card
-from .data import TASKS
 from .initialization import BUNDLED
 from .results import RESULTS_NAME, read_results
+from .tasks import TASKS
 
 
 try:

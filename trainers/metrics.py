@@ -13,7 +13,7 @@ from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import EvalPrediction
 
-from .data import Task, get_task
+from .tasks import Task, get_task
 
 
 def main_metric(task: str | Task) -> str:

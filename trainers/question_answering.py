@@ -26,8 +26,9 @@ from transformers import (
 
 import modeling_qbert  # noqa: F401 (registers the packed families)
 
-from .data import Task, check_length
+from .data import check_length
 from .recipe import DataSpec
+from .tasks import Task
 
 
 DOC_STRIDE, MAX_QUERY_LENGTH = 128, 64  # tokens; BERT's code (Devlin et al., 2019), as TernaryBERT's and BinaryBERT's

@@ -8,21 +8,20 @@ field of a stage without `stages.N` (`quantization.bits=2-2-8`, `targets.logits=
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import hashlib
 import json
 import math
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from .typed import UniqueKeyLoader, assign, build_dataclass, convert, join, require, type_hints, unknown_key
 
 
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -39,7 +38,7 @@ RUNNER_FIELDS = ("output_dir", "seed")  # TrainingArguments fields the runner se
 class DataSpec:
     """Which rows to train and evaluate on.
 
-    `task` is a key of `trainers.data.TASKS` and gives columns, label names and metrics; without it `text` and `label`
+    `task` is a key of `trainers.tasks.TASKS` and gives columns, label names and metrics; without it `text` and `label`
     name the columns of your own data. `path` is a Hub data set, or a local folder or file relative to the working
     folder. `augmented` holds further training rows, for stages that ask for them: a file of the same columns, or what
     `qbert augment` writes, there or in a folder <task>/. Question answering only: `doc_stride` is the step in tokens
@@ -70,11 +69,11 @@ class DataSpec:
                 f"found task=None, text={self.text!r}, label={self.label!r}"
             )
         for key in ("path", "train_split", "eval_split"):
-            _require(bool(getattr(self, key)), key, "a non-empty string", getattr(self, key))
+            require(bool(getattr(self, key)), key, "a non-empty string", getattr(self, key))
         for key in ("max_length", "max_train_samples", "max_eval_samples", "doc_stride", "max_query_length"):
             value = getattr(self, key)
-            _require(value is None or value > 0, key, "a positive number", value)
-        _require(self.train_split != self.eval_split, "eval_split", "a split other than train_split", self.eval_split)
+            require(value is None or value > 0, key, "a positive number", value)
+        require(self.train_split != self.eval_split, "eval_split", "a split other than train_split", self.eval_split)
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,9 @@ class TeacherSpec:
     architecture: Literal["roberta", "electra"] | None = None
 
     def __post_init__(self):
-        _require(bool(self.model), "model", "a Hub id or a local folder", self.model)
+        require(bool(self.model), "model", "a Hub id or a local folder", self.model)
         needed = self.architecture is None or self.fine_tune is not None
-        _require(needed, "fine_tune", "training, its head is new in another architecture", self.fine_tune)
+        require(needed, "fine_tune", "training, its head is new in another architecture", self.fine_tune)
         _check_seed(self.seed)
         if self.fine_tune is not None:
             object.__setattr__(self, "fine_tune", _training_arguments(self.fine_tune, "fine_tune"))
@@ -118,8 +117,8 @@ class QuantizationSpec:
     hidden_act: str | None = None
 
     def __post_init__(self):
-        _require(re.fullmatch(r"\d+-\d+-\d+", self.bits), "bits", "W-E-A such as '2-2-8'", self.bits)
-        _require(self.group_size > 0, "group_size", "a positive number", self.group_size)
+        require(re.fullmatch(r"\d+-\d+-\d+", self.bits), "bits", "W-E-A such as '2-2-8'", self.bits)
+        require(self.group_size > 0, "group_size", "a positive number", self.group_size)
 
     def fields(self) -> dict[str, Any]:
         """What the student's config gets."""
@@ -142,7 +141,7 @@ class GhostSpec:
 
     def __post_init__(self):
         rate = self.learning_rate
-        _require(rate is None or (math.isfinite(rate) and rate > 0), "learning_rate", "a finite number above 0", rate)
+        require(rate is None or (math.isfinite(rate) and rate > 0), "learning_rate", "a finite number above 0", rate)
 
     def fields(self) -> dict[str, Any]:
         """What the student's config gets."""
@@ -163,7 +162,7 @@ class Targets:
     def __post_init__(self):
         weights = dataclasses.asdict(self)
         for key, value in weights.items():
-            _require(math.isfinite(value) and value >= 0, key, "a finite weight of at least 0", value)
+            require(math.isfinite(value) and value >= 0, key, "a finite weight of at least 0", value)
         if not any(weights.values()):
             raise ValueError(f"{', '.join(weights)}: expected at least one positive weight, found all 0")
 
@@ -210,26 +209,26 @@ class Stage:
         _check_folder_name(self.name)
         for key in ("learning_rate_ratio", "quantizer_learning_rate"):
             rate = getattr(self, key)
-            _require(rate is None or (math.isfinite(rate) and rate > 0), key, "a finite number above 0", rate)
+            require(rate is None or (math.isfinite(rate) and rate > 0), key, "a finite number above 0", rate)
         if self.init in ("pruned", "subnetwork"):
-            _require(self.width is not None, "width", f"a number for init {self.init!r}", self.width)
+            require(self.width is not None, "width", f"a number for init {self.init!r}", self.width)
         else:
-            _require(self.width is None, "width", "nothing, unless init is 'pruned' or 'subnetwork'", self.width)
+            require(self.width is None, "width", "nothing, unless init is 'pruned' or 'subnetwork'", self.width)
         begun = self.init not in ("teacher", "random_encoder")
-        _require(begun or self.start is None, "start", f"nothing for init {self.init!r}", self.start)
-        _require(
+        require(begun or self.start is None, "start", f"nothing for init {self.init!r}", self.start)
+        require(
             not self.random_parts or self.init == "random_encoder",
             "random_parts",
             "nothing, unless init is 'random_encoder'",
             self.random_parts,
         )
         for key, widths in (("width", () if self.width is None else (self.width,)), ("widths", self.widths)):
-            _require(all(0 < width <= 1 for width in widths), key, "shares in (0, 1]", widths)
+            require(all(0 < width <= 1 for width in widths), key, "shares in (0, 1]", widths)
         if self.split_megabytes is not None:
             bits, found = self.quantization.bits, (self.split_megabytes, self.quantization.bits)
-            _require(bits.startswith("1-1-"), "split_megabytes", "a stage of binary weights, bits 1-1-A", found)
-            _require(self.quantization.planes == 1, "split_megabytes", "one plane, before the splitting", found)
-        _require(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "above 0", self.temperature)
+            require(bits.startswith("1-1-"), "split_megabytes", "a stage of binary weights, bits 1-1-A", found)
+            require(self.quantization.planes == 1, "split_megabytes", "one plane, before the splitting", found)
+        require(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "above 0", self.temperature)
         object.__setattr__(self, "training", _training_arguments(self.training, "training"))
 
 
@@ -256,25 +255,25 @@ class Recipe:
     def __post_init__(self):
         _check_folder_name(self.name)
         _check_seed(self.seed)
-        _require(len(self.stages) > 0, "stages", "at least one stage", "none")
+        require(len(self.stages) > 0, "stages", "at least one stage", "none")
         names = [stage.name for stage in self.stages]
-        _require(len(set(names)) == len(names), "stages", "a different name for every stage", names)
+        require(len(set(names)) == len(names), "stages", "a different name for every stage", names)
         if self.schedule:
             names = self._resolve_schedule(names)
         first = self.stages[0].init
         possible = ("teacher", "pruned", "random_encoder")
-        _require(first in possible, "stages.0.init", f"one of {possible}, no stage precedes it", first)
+        require(first in possible, "stages.0.init", f"one of {possible}, no stage precedes it", first)
         for index, stage in enumerate(self.stages):
             known = [None, *names[:index]]
             for key in ("teacher", "start"):
                 name = getattr(stage, key)
-                _require(name in known, f"stages.{index}.{key}", f"one of {known}", name)
+                require(name in known, f"stages.{index}.{key}", f"one of {known}", name)
             rows = self.data.augmented
-            _require(rows or not stage.augmented, f"stages.{index}.augmented", "data.augmented to be given", rows)
+            require(rows or not stage.augmented, f"stages.{index}.augmented", "data.augmented to be given", rows)
             ghostly = self.family == "ghost" or stage.ghost == GhostSpec()
-            _require(ghostly, f"stages.{index}.ghost", "family 'ghost', or no such field", self.family)
+            require(ghostly, f"stages.{index}.ghost", "family 'ghost', or no such field", self.family)
         if self.last_stage is not None:
-            _require(self.last_stage in names, "last_stage", f"one of {names}", self.last_stage)
+            require(self.last_stage in names, "last_stage", f"one of {names}", self.last_stage)
             object.__setattr__(self, "stages", self.stages[: names.index(self.last_stage) + 1])
             object.__setattr__(self, "last_stage", None)
         if self.total_steps is not None:
@@ -283,7 +282,7 @@ class Recipe:
     def _resolve_schedule(self, names: list[str]) -> list[str]:
         for index, name in enumerate(self.schedule):
             free = [other for other in names if other not in self.schedule[:index]]
-            _require(name in free, f"schedule.{index}", f"one of {free}", name)
+            require(name in free, f"schedule.{index}", f"one of {free}", name)
         first, *rest = (self.stages[names.index(name)] for name in self.schedule)
         if first.init == "previous" and first.start is None:
             first = dataclasses.replace(first, init="teacher")
@@ -295,12 +294,12 @@ class Recipe:
         shares = []
         for index, stage in enumerate(self.stages):
             share, where = stage.training.get("num_train_epochs"), f"stages.{index}.training"
-            _require(share and share > 0, f"{where}.num_train_epochs", "a share of total_steps", share)
-            _require("max_steps" not in stage.training, where, "total_steps or max_steps, not both", stage.training)
+            require(share and share > 0, f"{where}.num_train_epochs", "a share of total_steps", share)
+            require("max_steps" not in stage.training, where, "total_steps or max_steps, not both", stage.training)
             shares.append(share)
         ends = [round(total * sum(shares[:count]) / sum(shares)) for count in range(len(shares) + 1)]
         steps = [end - start for start, end in zip(ends, ends[1:], strict=False)]
-        _require(min(steps) > 0, "total_steps", f"at least a step for each of {len(steps)} stages", total)
+        require(min(steps) > 0, "total_steps", f"at least a step for each of {len(steps)} stages", total)
         stages = []
         for stage, own in zip(self.stages, steps, strict=True):
             training = {key: value for key, value in stage.training.items() if key != "num_train_epochs"}
@@ -318,7 +317,7 @@ class Recipe:
         """Reads a recipe file and applies dotted `key=value` overrides. Raises `ValueError` naming file and field."""
         try:
             values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-            _require(isinstance(values, dict), "top level", "a mapping", type(values).__name__)
+            require(isinstance(values, dict), "top level", "a mapping", type(values).__name__)
             for override in overrides:
                 _override(values, override)
             return cls.from_dict(values)
@@ -368,95 +367,12 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _require(condition: Any, name: str, expected: str, found: Any) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, found {found!r}")
-
-
 def _check_folder_name(name: str) -> None:
-    _require(FOLDER_NAME.fullmatch(name), "name", "a folder name of letters, digits, '.', '_' and '-'", name)
+    require(FOLDER_NAME.fullmatch(name), "name", "a folder name of letters, digits, '.', '_' and '-'", name)
 
 
 def _check_seed(seed: int) -> None:
-    _require(0 <= seed < 2**32, "seed", "0 to 2**32 - 1 (numpy's range)", seed)
-
-
-def _unknown_key(key: str, known: Sequence[str], where: str) -> ValueError:
-    nearest = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
-    return ValueError(f"{_join(where, key)}: unknown key; {hint}")
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def build_dataclass(cls: type, values: Any, where: str) -> Any:
-    """Dataclass `cls` from a mapping; `where` is the dotted path for error messages."""
-    _require(isinstance(values, Mapping), where or "recipe", "a mapping", values)
-    known = [item.name for item in fields(cls)]
-    for key in values:
-        if key not in known:
-            raise _unknown_key(str(key), known, where)
-    for item in fields(cls):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        _require(item.name in values or not required, _join(where, item.name), "a value", "nothing")
-    arguments = {key: _convert(value, _hints(cls)[key], _join(where, key)) for key, value in values.items()}
-    try:
-        return cls(**arguments)
-    except ValueError as error:
-        raise ValueError(_join(where, str(error))) from error
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as type `hint`: dataclass, tuple of them, union, Literal, dict, list, or a plain type.
-
-    Integers are accepted where a float is expected, and so are strings such as "2e-5", which YAML 1.1 reads as text.
-    """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return build_dataclass(hint, value, where)
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), where, "a list", value)
-        return tuple(_convert(item, arguments[0], f"{where}.{i}") for i, item in enumerate(value))
-    if origin is Literal:
-        _require(value in arguments, where, f"one of {', '.join(map(repr, arguments))}", value)
-        return value
-    if origin in (types.UnionType, typing.Union):
-        # float last: a union that also takes text or a flag must not turn it into a number
-        for option in sorted(arguments, key=lambda option: option is float):
-            try:
-                return _convert(value, option, where)
-            except ValueError:
-                continue
-        raise ValueError(f"{where}: expected {_describe(hint)}, found {_found(value)}")
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            raise ValueError(f"{where}: expected a number, found {_found(value)}") from None
-        _require(math.isfinite(number), where, "a finite number", value)
-        return number
-    kind = origin or hint
-    if isinstance(kind, type) and isinstance(value, kind) and not (isinstance(value, bool) and kind is int):
-        return value
-    raise ValueError(f"{where}: expected {_describe(hint)}, found {_found(value)}")
-
-
-def _describe(hint: Any) -> str:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    names = [option.__name__ if isinstance(option, type) else str(option) for option in options]
-    return " or ".join("null" if name == "NoneType" else name for name in names)
-
-
-def _found(value: Any) -> str:
-    hint = " (YAML reads yes, no, on, off as flags: quote the word)" if isinstance(value, bool) else ""
-    return f"{type(value).__name__} {value!r}{hint}"
+    require(0 <= seed < 2**32, "seed", "0 to 2**32 - 1 (numpy's range)", seed)
 
 
 def _training_arguments(values: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -464,20 +380,20 @@ def _training_arguments(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     `num_train_epochs: 3` and `3.0` are the same recipe."""
     from transformers import TrainingArguments  # imported late: it takes seconds, `qbert --help` must not
 
-    hints = _hints(TrainingArguments)
+    hints = type_hints(TrainingArguments)
     known = [item.name for item in fields(TrainingArguments) if item.init and item.name not in RUNNER_FIELDS]
     checked = {}
     for key, value in values.items():
-        where = _join(name, str(key))
+        where = join(name, str(key))
         if key in RUNNER_FIELDS:
             raise ValueError(f"{where}: the runner sets it; expected the recipe's own `seed` or output folder instead")
         if key not in known:
-            raise _unknown_key(str(key), known, name)
-        checked[key] = _convert(value.value if isinstance(value, enum.Enum) else value, hints[key], where)
+            raise unknown_key(str(key), known, name)
+        checked[key] = convert(value.value if isinstance(value, enum.Enum) else value, hints[key], where)
         for option in typing.get_args(hints[key]):
             if isinstance(option, type) and issubclass(option, enum.Enum):
                 choices = [member.value for member in option]
-                _require(checked[key] in choices, where, f"one of {', '.join(map(repr, choices))}", value)
+                require(checked[key] in choices, where, f"one of {', '.join(map(repr, choices))}", value)
     return checked
 
 
@@ -485,48 +401,15 @@ def _override(values: dict[str, Any], override: str) -> None:
     """Sets one dotted `key=value` in place; the value is read as YAML."""
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
-    _require(equals and all(path), f"override {override!r}", "key=value with a dotted key", override)
+    require(equals and all(path), f"override {override!r}", "key=value with a dotted key", override)
     try:
         value = yaml.load(text, Loader=UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"override {override!r}: expected a YAML value, found: {error}") from error
-    if path[0] in _hints(Stage) and path[0] not in _hints(Recipe):
+    if path[0] in type_hints(Stage) and path[0] not in type_hints(Recipe):
         stages = values.get("stages")
-        _require(isinstance(stages, list) and stages, f"override {override!r}", "a recipe with stages", stages)
+        require(isinstance(stages, list) and stages, f"override {override!r}", "a recipe with stages", stages)
         for index in range(len(stages)):
-            _assign(values, ["stages", str(index), *path], value, override)
+            assign(values, ["stages", str(index), *path], value, override)
     else:
-        _assign(values, path, value, override)
-
-
-def _assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
-    for depth, key in enumerate(path):
-        last = depth == len(path) - 1
-        if isinstance(node, list):
-            valid = key.isdecimal() and int(key) < len(node)
-            _require(valid, f"override {override!r}", f"an index below {len(node)}", key)
-            key = int(key)
-        else:
-            found = f"{'.'.join(path[:depth])} = {node!r}"
-            _require(isinstance(node, dict), f"override {override!r}", "a field that holds others", found)
-        if last:
-            node[key] = value
-        elif isinstance(node, list):
-            node = node[key]
-        else:
-            if node.get(key) is None:
-                node[key] = {}
-            node = node[key]
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML would keep the last one silently."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+        assign(values, path, value, override)

@@ -41,9 +41,10 @@ from typing import Any
 
 import yaml
 
-from .recipe import FOLDER_NAME, Recipe, UniqueKeyLoader, build_dataclass
+from .recipe import FOLDER_NAME, Recipe
 from .results import FIELDS, RESULTS_NAME, read_results, validate_results, write_results
 from .tables import main_score, metric_label
+from .typed import UniqueKeyLoader, build_dataclass
 
 
 Execute = Callable[[Recipe, Path], Mapping[str, Any]]

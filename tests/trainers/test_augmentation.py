@@ -16,9 +16,10 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
 from trainers import augmentation, cli
 from trainers.augmentation import STOP_WORDS, Proposals, _vocabulary, augment, replaceable, variants
-from trainers.data import TASKS, data_identity, load_augmented, load_data
+from trainers.data import data_identity, load_augmented, load_data
 from trainers.recipe import DataSpec, Recipe
 from trainers.run import run_recipe
+from trainers.tasks import TASKS
 
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "plot", "the", "was", ",", "un", "##kind", "##ly"]

@@ -12,18 +12,16 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import BertConfig, BertTokenizer, RobertaConfig
 
 from trainers.data import (
-    GLUE,
     READERS,
-    TASKS,
     data_identity,
     eval_splits,
-    get_task,
     label_config,
     load_data,
     task_of,
     tokenize,
 )
 from trainers.recipe import DataSpec
+from trainers.tasks import GLUE, TASKS, get_task
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "data" / "rotten_tomatoes"

@@ -12,12 +12,12 @@ from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from test_run import WORDS, make_backbone
 
-from trainers.data import TASKS
 from trainers.distillation import DistillationArguments, DistillationTrainer
 from trainers.embeddings import evaluation, model_inputs
 from trainers.losses import embeddings_loss, mean_pool
 from trainers.recipe import Recipe
 from trainers.run import run_recipe
+from trainers.tasks import TASKS
 
 
 RECIPE = Path(__file__).resolve().parents[2] / "examples" / "recipes" / "embedding-w2a8.yaml"

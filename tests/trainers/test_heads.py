@@ -10,10 +10,10 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from modeling_qbert import get_model_class
 from trainers.card import build_card
-from trainers.data import TASKS
 from trainers.heads import HEADS, evaluate, evaluations, predict
 from trainers.recipe import DataSpec
 from trainers.run import evaluate_checkpoint
+from trainers.tasks import TASKS
 
 
 WORDS = "a b c d e".split()

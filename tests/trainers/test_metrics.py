@@ -7,8 +7,8 @@ import torch
 from datasets import ClassLabel, Dataset
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, EvalPrediction
 
-from trainers.data import TASKS, Task
 from trainers.metrics import GlueMetric, compute_metrics_for, main_metric, score
+from trainers.tasks import TASKS, Task
 
 
 PREDICTIONS, REFERENCES = [1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0]

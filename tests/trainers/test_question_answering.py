@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from trainers import cli
-from trainers.data import TASKS, load_data
+from trainers.data import load_data
 from trainers.question_answering import (
     _best_span,
     answer,
@@ -24,6 +24,7 @@ from trainers.question_answering import (
 from trainers.recipe import DataSpec, Recipe
 from trainers.results import read_results
 from trainers.run import run_recipe
+from trainers.tasks import TASKS
 
 
 WORDS = "who what when saw built the a in of cat dog man tower bridge 1871 1912 red blue ? .".split()
