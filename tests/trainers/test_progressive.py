@@ -8,6 +8,7 @@ import torch
 from test_run import make_backbone, make_data
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from trainers.distillation import DistillationTrainer
 from trainers.recipe import Recipe
 from trainers.run import run_recipe
 from trainers.sweep import load_sweep
@@ -159,6 +160,16 @@ def test_a_stage_starts_from_the_stage_it_names(workplace, tmp_path):
     )
     name = "bert.encoder.layer.0.attention.self.query.weight"
     assert torch.equal(first[name], third[name]) and not torch.equal(second[name], third[name])
+
+
+def test_a_run_that_ends_with_a_stage_of_another_finds_it(workplace, tmp_path, monkeypatch):
+    values = tiny(workplace, "w1a1", "total_steps=4").to_dict()
+    longer = run_recipe(Recipe.from_dict(values), tmp_path / "longer", teachers=tmp_path / "teachers")
+    shorter = Recipe.from_dict(values | {"name": "shorter", "stages": values["stages"][:1]})
+    monkeypatch.setattr(DistillationTrainer, "train", None)
+    results = run_recipe(shorter, tmp_path / "shorter", teachers=tmp_path / "teachers")
+    assert results["stages"] == longer["stages"][:1]
+    assert results["student"]["metrics"] == results["stages"][0]["metrics"]
 
 
 @pytest.mark.parametrize("init", ["teacher", "random_encoder"])
