@@ -90,7 +90,8 @@ def check_inputs(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def share_token_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Pre-forward hook of the backbone when a range spans the batch: tells linear layers which tokens are padding."""
+    """Pre-forward hook of the backbone when a range, or a first step size, spans the batch: tells linear layers which
+    tokens are padding."""
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     mask = mask.bool() if mask is not None and mask.dim() == 2 else None
     for layer in module.modules():
@@ -181,9 +182,7 @@ class LowBitMixin:
                 if isinstance(layer, _ENCODER_LAYERS):
                     layer.attention.self.quantized_attention = quantized_attention
         self.base_model.register_forward_pre_hook(check_inputs, with_kwargs=True)
-        if config.bit_widths[2] != 32 and (
-            config.activation_granularity == "per_tensor" or config.activation_quantizer == "lsq"
-        ):
+        if config.bit_widths[2] != 32 and config.activation_granularity == "per_tensor":
             self.base_model.register_forward_pre_hook(share_token_mask, with_kwargs=True)
         self.update_scales(None)
 
@@ -345,15 +344,19 @@ class LowBitMixin:
         `DistillationTrainer` does so with the first rows of its training data. Models without step sizes ignore it.
         """
         steps = [module for module in self.modules() if isinstance(module, LsqQuantizer)]
+        if not steps:
+            return
         training = self.training
+        hook = self.base_model.register_forward_pre_hook(share_token_mask, with_kwargs=True)
         try:
             for module in steps:
                 module.calibrating = True
-            if steps:
-                self.eval()(*args, **kwargs)
+            self.eval()(*args, **kwargs)
         finally:
             for module in steps:
                 module.calibrating = False
+            hook.remove()
+            share_token_mask(self.base_model, (), {})
             self.train(training)
 
     @torch.no_grad()
