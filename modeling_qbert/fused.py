@@ -10,6 +10,7 @@ Tokens that the mask hides are not computed: their rows of the last hidden state
 import functools
 import operator
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,12 +52,14 @@ class _Engine:
     """The native encoder of one backbone and the tensors it was made of."""
 
     def __init__(self, model: nn.Module):
-        self.hooks, self.children = [], []
+        self.children, self.known_children = [], []
+        self.hooks: list[dict] = []
         self.stores, self.names, self.tensors = [], [], []
         for module in model.modules():
-            self.children.append((module._modules, dict(module._modules)))
+            self.children.append(module._modules)
+            self.known_children.append(dict(module._modules))
             if module is not model:
-                self.hooks.append((module._forward_hooks, module._forward_pre_hooks))
+                self.hooks += module._forward_hooks, module._forward_pre_hooks
             for store in (module._parameters, module._buffers):
                 for name, tensor in store.items():
                     if tensor is not None and tensor.dtype != torch.int64:
@@ -64,6 +67,7 @@ class _Engine:
                         self.names.append(name)
                         self.tensors.append(tensor)
         self.versions = _versions(self.tensors)
+        self.watchers: tuple = ()  # hooks when they were last looked at, none of which expects to be called
         self.encoder = self.pooler = None
         try:
             self.encoder, self.why = _native_encoder(model), ""
@@ -79,7 +83,7 @@ class _Engine:
 
         Asked at every call: small models spend as long here as in a layer, hence the loops in C.
         """
-        if any(now != before for now, before in self.children):
+        if self.children != self.known_children:
             return True
         if any(map(operator.is_not, map(dict.get, self.stores, self.names), self.tensors)):
             return True
@@ -87,10 +91,11 @@ class _Engine:
 
     def is_watched(self) -> bool:
         """Whether a hook inside expects to be called."""
-        for forward_hooks, pre_hooks in self.hooks:
-            for hooks in (forward_hooks, pre_hooks):
-                if hooks and not all(hook.__module__.endswith(_HARMLESS_HOOKS) for hook in hooks.values()):
-                    return True
+        watchers = tuple(chain.from_iterable(map(dict.values, filter(None, self.hooks))))
+        if watchers != self.watchers:
+            if not all(hook.__module__.endswith(_HARMLESS_HOOKS) for hook in watchers):
+                return True
+            self.watchers = watchers
         return False
 
 
