@@ -25,10 +25,12 @@ from transformers.models.roberta.modeling_roberta import RobertaPooler
 from transformers.utils import logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .ghost import GhostFeatures
 from .layers import FixedGELU, FixedLayerNorm, PackedEmbedding, PackedLinear
 from .ops import (
     WHY_NOT_NATIVE,
     EmbeddingTables,
+    GhostWeights,
     LayerWeights,
     NativeDense,
     NativeEncoder,
@@ -41,7 +43,8 @@ from .quantizers import ActivationQuantizer, LsqQuantizer
 
 logger = logging.get_logger(__name__)
 
-_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "modeling_lowbit")  # they act on what is asked for only
+# They act on what is asked for only, or tell what the engine knows.
+_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "modeling_lowbit", "qbert.ghost")
 
 
 class _NotFusedError(Exception):
@@ -276,9 +279,6 @@ def _layer_weights(layer: nn.Module) -> "LayerWeights":
     attention = layer.attention.self
     if layer.is_decoder or layer.chunk_size_feed_forward:
         raise _NotFusedError("the engine has no decoder and no chunks")
-    for output in (layer.attention.output, layer.output):
-        if type(output.dropout) is not nn.Dropout:
-            raise _NotFusedError(f"the engine has no {type(output.dropout).__name__}")
     act = layer.intermediate.intermediate_act_fn
     if type(act) not in (FixedGELU, nn.ReLU):
         raise _NotFusedError(f"the engine has no {type(act).__name__}")
@@ -292,7 +292,17 @@ def _layer_weights(layer: nn.Module) -> "LayerWeights":
         *[_weight([linear]) for linear in linears],
         _norm(layer.attention.output.LayerNorm),
         _norm(layer.output.LayerNorm),
+        (_ghosts(layer.attention.output.dropout), _ghosts(layer.output.dropout)),
     )
+
+
+def _ghosts(dropout: nn.Module) -> "GhostWeights | None":
+    if type(dropout) is nn.Dropout:
+        return None
+    if type(_expect(dropout, GhostFeatures).activation) is not nn.ReLU:
+        raise _NotFusedError(f"the engine has no ghost features with {type(dropout.activation).__name__}")
+    kernels = dropout.kernels().detach().transpose(1, 2).contiguous()
+    return GhostWeights(kernels, dropout.ghost_scale.detach().contiguous())
 
 
 def _quantizers(attention: nn.Module, linears: list[nn.Module]) -> Iterator[tuple[str, Any]]:

@@ -26,11 +26,9 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from .attention import MASKED
-from .checkpoint import CheckpointError
-from .modeling_lowbit import LowBitMixin
 
 
-PARAMETERS = (".ghost_kernel", ".ghost_scale")
+PARAMETERS = (".ghost_kernel", ".ghost_scale")  # ends of their names
 _running = threading.local()  # real_tokens of the layer that this thread is in
 
 
@@ -69,8 +67,8 @@ class GhostFeatures(nn.Dropout):
         # Sums of shifted tokens: conv1d with a group per channel takes twice the time, most of it backward.
         for kernel, scale in zip(self.kernels().to(dtype), self.ghost_scale.to(dtype), strict=True):
             feature = shifted[0] * kernel[:, 0]
-            for offset in range(1, self.kernel_size):
-                feature = torch.addcmul(feature, shifted[offset], kernel[:, offset])
+            for offset in range(1, self.kernel_size):  # addcmul rounds once or twice, as the CPU has it
+                feature = feature + shifted[offset] * kernel[:, offset]
             total = total + scale * self.activation(feature)
         return super().forward(total.to(y.dtype))
 
@@ -94,43 +92,3 @@ def share_real_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:  # 
     may share a model.
     """
     _running.real_tokens = real_tokens(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
-
-
-class GhostMixin(LowBitMixin):
-    """`LowBitMixin` with ghost features after the attention, the feed-forward network, both or neither.
-
-    Their kernels stay in full precision. A checkpoint without any starts them as new.
-    """
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        for layer in self.base_model.encoder.layer:
-            self._insert_ghosts(layer.attention.output, config.attention_ghosts)
-            self._insert_ghosts(layer.output, config.feed_forward_ghosts)
-            if config.feed_forward_ghosts:
-                layer.chunk_size_feed_forward = 0  # a chunk of tokens lacks the neighbours that a convolution sees
-            if config.attention_ghosts or config.feed_forward_ghosts:
-                layer.attention.register_forward_pre_hook(share_real_tokens, with_kwargs=True)
-
-    def _insert_ghosts(self, output: nn.Module, features: int) -> None:
-        if features:
-            output.dropout = GhostFeatures(
-                output.dropout.p,
-                features,
-                self.config.hidden_size,
-                self.config.ghost_kernel_size,
-                self.config.ghost_normalization,
-                self.config.ghost_activation,
-            )
-
-    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
-        foreign = sorted(name for name in loading_info.unexpected_keys if name.endswith(PARAMETERS))
-        if foreign:
-            raise CheckpointError(f"{len(foreign)} tensors of ghost features that the config lacks: {foreign[:3]}")
-        ghosts = {name for name in self.state_dict() if name.endswith(PARAMETERS)}
-        if ghosts <= set(loading_info.missing_keys):
-            for module in self.modules():
-                if isinstance(module, GhostFeatures):
-                    module.reset()
-            loading_info.missing_keys = loading_info.missing_keys - ghosts
-        super()._adjust_missing_and_unexpected_keys(loading_info)

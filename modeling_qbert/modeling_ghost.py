@@ -1,5 +1,6 @@
 """GhostBERT (Huang et al., ACL 2021) on BERT, RoBERTa and ELECTRA: ghost features (see `ghost`), any bits."""
 
+from torch import nn
 from transformers import (
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -21,9 +22,51 @@ from transformers import (
     RobertaModel,
 )
 
+from .checkpoint import CheckpointError
 from .configuration_qbert import GhostBertConfig, GhostElectraConfig, GhostRobertaConfig
-from .ghost import GhostMixin
+from .ghost import PARAMETERS, GhostFeatures, share_real_tokens
 from .integration import register_family
+from .modeling_lowbit import LowBitMixin
+
+
+class GhostMixin(LowBitMixin):
+    """`LowBitMixin` with ghost features after the attention, the feed-forward network, both or neither.
+
+    Their kernels stay in full precision. A checkpoint without any starts them as new.
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        for layer in self.base_model.encoder.layer:
+            self._insert_ghosts(layer.attention.output, config.attention_ghosts)
+            self._insert_ghosts(layer.output, config.feed_forward_ghosts)
+            if config.feed_forward_ghosts:
+                layer.chunk_size_feed_forward = 0  # a chunk of tokens lacks the neighbours that a convolution sees
+            if config.attention_ghosts or config.feed_forward_ghosts:
+                layer.attention.register_forward_pre_hook(share_real_tokens, with_kwargs=True)
+
+    def _insert_ghosts(self, output: nn.Module, features: int) -> None:
+        if features:
+            output.dropout = GhostFeatures(
+                output.dropout.p,
+                features,
+                self.config.hidden_size,
+                self.config.ghost_kernel_size,
+                self.config.ghost_normalization,
+                self.config.ghost_activation,
+            )
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        foreign = sorted(name for name in loading_info.unexpected_keys if name.endswith(PARAMETERS))
+        if foreign:
+            raise CheckpointError(f"{len(foreign)} tensors of ghost features that the config lacks: {foreign[:3]}")
+        ghosts = {name for name in self.state_dict() if name.endswith(PARAMETERS)}
+        if ghosts <= set(loading_info.missing_keys):
+            for module in self.modules():
+                if isinstance(module, GhostFeatures):
+                    module.reset()
+            loading_info.missing_keys = loading_info.missing_keys - ghosts
+        super()._adjust_missing_and_unexpected_keys(loading_info)
 
 
 class GhostBertModel(GhostMixin, BertModel):

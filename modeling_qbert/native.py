@@ -4,7 +4,8 @@ Importing this module raises `ImportError` where the engine was not built or doe
 torch. `QBERT_CPU` (`scalar`, `avx2`, `avx512`) caps the instructions used, `off` does without the engine; every path
 gives the same bits.
 
-Shapes: N rows, O out rows, I in columns, P planes, G groups, B batch, T tokens, C hidden, D head dim.
+Shapes: N rows, O out rows, I in columns, P planes, G groups, B batch, T tokens, C hidden, D head dim, F ghost features
+of k tokens.
 """
 
 import ctypes
@@ -23,7 +24,7 @@ from .packing import packed_columns as row_bytes
 from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
 
 
-VERSION = 3  # of the C interface
+VERSION = 4  # of the C interface
 LEVELS = ("scalar", "avx2", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
@@ -44,9 +45,11 @@ _SIGNATURES = {
     "qb_gelu": (None, [c_void_p, c_int64, c_int64]),
     "qb_layer_norm": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float]),
     "qb_attention": (c_int, [*[c_void_p] * 3, c_int64, c_int64, c_float, *[c_void_p] * 3]),
+    "qb_ghosts": (c_int, [c_void_p, c_void_p, *[c_int64] * 5, *[c_void_p] * 3]),
     "qb_encoder_new": (c_void_p, [*[c_int64] * 5, c_int, c_float]),
     "qb_encoder_free": (None, [c_void_p]),
     "qb_encoder_layer": (c_int, [c_void_p, c_int64, *[c_void_p] * 10, c_float]),
+    "qb_encoder_ghosts": (c_int, [c_void_p, c_int64, c_int, c_int64, c_int64, c_void_p, c_void_p]),
     "qb_encoder_embedding": (c_int, [c_void_p, c_int, *[c_void_p] * 7, c_float]),
     "qb_encoder_forward": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 5, c_int64, c_void_p, c_int]),
 }
@@ -286,9 +289,28 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, places:
     return context
 
 
+class GhostWeights(NamedTuple):
+    """Ghost features with ReLU: kernels float32 (F, k, C) and factors (F, C)."""
+
+    kernels: Tensor
+    scale: Tensor
+
+
+def ghost_features(y: Tensor, real: Tensor, ghosts: GhostWeights) -> Tensor:
+    """Rows (N, C) of float32 y (B, T, C) where the bool `real` (B, T) is True, with their ghost features."""
+    features, size, columns = ghosts.kernels.shape
+    rows, places = y[real], real.flatten().nonzero().flatten()
+    out = torch.empty_like(rows)
+    inputs = [_address(rows, torch.float32, (len(places), columns)), _address(places, torch.int64)]
+    weights = [_address(part, torch.float32) for part in (ghosts.kernels, ghosts.scale)]
+    _check(_library.qb_ghosts(*inputs, *rows.shape[:1], y.shape[1], columns, features, size, *weights, out.data_ptr()))
+    return out
+
+
 class LayerWeights(NamedTuple):
     """One encoder layer: places where numbers become codes (input, query, key, value, probabilities, context, hidden,
-    feed-forward), weights of query over key over value, attention output, up and down, and two LayerNorms."""
+    feed-forward), weights of query over key over value, attention output, up and down, two LayerNorms, and the ghost
+    features after the attention and the feed-forward output."""
 
     places: Sequence[Place]
     query_key_value: NativeWeight
@@ -297,6 +319,7 @@ class LayerWeights(NamedTuple):
     down: NativeWeight
     attention_norm: tuple[Tensor, Tensor]
     output_norm: tuple[Tensor, Tensor]
+    ghosts: tuple[GhostWeights | None, GhostWeights | None] = (None, None)
 
 
 class EmbeddingTables(NamedTuple):
@@ -353,6 +376,12 @@ class NativeEncoder:
             norms = [_address(part, torch.float32, (hidden,)) for part in (*layer.attention_norm, *layer.output_norm)]
             handles = [weight.release() for weight in weights]
             _check(_library.qb_encoder_layer(self.handle, index, *places, *handles, *norms, epsilon))
+            for after, ghosts in enumerate(layer.ghosts):
+                if ghosts is not None:
+                    features, size, _ = ghosts.kernels.shape
+                    kernels = _address(ghosts.kernels, torch.float32, (features, size, hidden))
+                    scale = _address(ghosts.scale, torch.float32, (features, hidden))
+                    _check(_library.qb_encoder_ghosts(self.handle, index, after, features, size, kernels, scale))
         self.tables = embedding  # the engine reads their memory
         if embedding is not None:
             tables = (embedding.types, embedding.positions)

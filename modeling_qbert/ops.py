@@ -15,11 +15,21 @@ from .quantizers import Quantized, expand_scale
 
 
 try:
-    from .native import EmbeddingTables, LayerWeights, NativeDense, NativeEncoder, NativeWeight, place_of, supports
+    from .native import (
+        EmbeddingTables,
+        GhostWeights,
+        LayerWeights,
+        NativeDense,
+        NativeEncoder,
+        NativeWeight,
+        place_of,
+        supports,
+    )
 
     WHY_NOT_NATIVE = ""
 except ImportError as _error:  # built without a compiler, or copied as remote code
-    EmbeddingTables = LayerWeights = NativeDense = NativeEncoder = NativeWeight = place_of = supports = None
+    EmbeddingTables = GhostWeights = LayerWeights = NativeDense = NativeEncoder = NativeWeight = None
+    place_of = supports = None
     WHY_NOT_NATIVE = str(_error)
 
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32

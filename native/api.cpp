@@ -92,6 +92,13 @@ void set_norm(LayerNorm& norm, const float* weight, const float* bias, float eps
     norm.epsilon = epsilon;
 }
 
+void set_ghosts(Ghosts& ghosts, const float* kernels, const float* scale, long features, long size, long columns) {
+    ghosts.features = features, ghosts.size = size;
+    ghosts.kernels.reset(features * size * columns), ghosts.scale.reset(features * columns), ghosts.nothing.reset(columns);
+    std::memcpy(ghosts.kernels.get(), kernels, features * size * columns * 4);
+    std::memcpy(ghosts.scale.get(), scale, features * columns * 4);
+}
+
 // bits, kind, clips, step, floor, least, most, less: native.py writes a place as these numbers.
 constexpr int kNumbersOfPlace = 9;
 
@@ -117,7 +124,7 @@ struct Job {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int qb_version() { return 3; }
+int qb_version() { return 4; }
 
 int qb_best_level() { return best_level(); }
 
@@ -223,6 +230,23 @@ int qb_layer_norm(float* x, int64_t rows, int64_t columns, const float* weight, 
     return kNoMemory;
 }
 
+// out (N, C) = y (N, C) with ghost features of kernels (F, k, C) and scale (F, C). places (N): of each row in sentences of
+// `tokens` tokens one behind the other, ascending; tokens without a row are hidden.
+int qb_ghosts(const float* y, const int64_t* places, int64_t rows, int64_t tokens, int64_t columns, int64_t features,
+              int64_t size, const float* kernels, const float* scale, float* out) try {
+    Ghosts ghosts;
+    set_ghosts(ghosts, kernels, scale, features, size, columns);
+    const std::vector<long> at(places, places + rows);
+    std::vector<const float*> taps(size);
+    for (long row = 0; row < rows; ++row) {
+        find_taps(ghosts, at.data(), rows, tokens, row, y, columns, taps.data());
+        qbert::kernels().ghost(ghosts, taps.data(), columns, out + row * columns);
+    }
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
 // context (T, D) of query, key, value (T, D); places of the three and of the probabilities.
 int qb_attention(const float* query, const float* key, const float* value, int64_t tokens, int64_t size, float scaling,
                  const double* places, const float* const* shifts, float* context) try {
@@ -275,6 +299,17 @@ int qb_encoder_layer(void* encoder, int64_t index, const double* places, const f
     }
     set_norm(layer.after_attention, attention_weight, attention_bias, epsilon, e.hidden);
     set_norm(layer.after_feed_forward, output_weight, output_bias, epsilon, e.hidden);
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+// Ghost features of a layer's attention output, or with `after` 1 of its feed-forward output.
+int qb_encoder_ghosts(void* encoder, int64_t index, int after, int64_t features, int64_t size, const float* kernels,
+                      const float* scale) try {
+    Encoder& e = *static_cast<Encoder*>(encoder);
+    Layer& layer = e.layers[index];
+    set_ghosts(after ? layer.feed_forward_ghosts : layer.attention_ghosts, kernels, scale, features, size, e.hidden);
     return kDone;
 } catch (const std::bad_alloc&) {
     return kNoMemory;

@@ -1,6 +1,6 @@
 // The batch is walked in waves of whole sentences. Within a wave each thread owns an equal run of rows (tokens), which
 // it takes through the row-wise steps in blocks that stay in its L2; only attention needs rows of others, so a layer
-// has two barriers. Rows are independent and sums exact: neither waves nor threads nor padding can move an answer.
+// has two barriers, and one more for each of its places with ghost features, which see the rows beside. Rows are independent and sums exact: neither waves nor threads nor padding can move an answer.
 
 #include "encoder.h"
 
@@ -24,19 +24,23 @@ struct ThreadScratch {
     Buffer<uint8_t> attention;
     Buffer<int8_t> word;      // codes of one embedding row
     Buffer<uint8_t> operand;  // of a product
+    Buffer<float> total;      // a row with its ghost features
+    std::vector<const float*> taps;
 
     size_t bytes() const { return wide.count() * 4 + codes.count() + sums.count() * 4 + attention.count() + operand.count(); }
 };
 
 struct Scratch {
     Buffer<float> x, query_key_value, context;
+    Buffer<float> attended, fed;  // products that ghost features follow
     Buffer<int8_t> codes;
     Buffer<float> scale, offset;
     Buffer<int32_t> sums;
     std::vector<ThreadScratch> threads;
 
     size_t bytes() const {
-        size_t sum = (x.count() + query_key_value.count() + context.count()) * 4 + codes.count() + sums.count() * 4;
+        size_t sum = (x.count() + query_key_value.count() + context.count() + attended.count() + fed.count()) * 4 +
+                     codes.count() + sums.count() * 4;
         for (const ThreadScratch& thread : threads) sum += thread.bytes();
         return sum;
     }
@@ -108,7 +112,20 @@ class Worker {
             team_.barrier();
             attention(layer, index);
             team_.barrier();
-            blocks([&](long row, long rows) { rest(layer, next, row, rows); });
+            const bool attended = layer.attention_ghosts.features != 0, fed = layer.feed_forward_ghosts.features != 0;
+            if (attended) {
+                blocks([&](long row, long rows) { attention_output(layer, row, rows); });
+                team_.barrier();
+            }
+            blocks([&](long row, long rows) {
+                if (!attended) attention_output(layer, row, rows);
+                feed_forward(layer, row, rows);
+                if (!fed) finish(layer, next, row, rows);
+            });
+            if (fed) {
+                team_.barrier();
+                blocks([&](long row, long rows) { finish(layer, next, row, rows); });
+            }
         }
         for (long row = first_; row < last_; ++row)
             __builtin_memcpy(wave_.batch.output + wave_.places[row] * encoder_.hidden, x(row), encoder_.hidden * 4);
@@ -197,23 +214,27 @@ class Worker {
         }
     }
 
-    // Attention output, feed-forward and their norms, to the codes that the next layer reads.
-    void rest(const Layer& layer, const Layer* next, long row, long rows) {
-        const long hidden = encoder_.hidden, all = encoder_.heads * encoder_.head_size;
-        float* const wide = own_.wide.get();
-        Codes codes = block_codes(*layer.output, layer.places[kContext]);
+    void attention_output(const Layer& layer, long row, long rows) {
+        const long all = encoder_.heads * encoder_.head_size;
+        const Codes codes = block_codes(*layer.output, layer.places[kContext]);
         for (long r = 0; r < rows; ++r) {
             const float* context = scratch_.context.get() + (row + r) * all;
             quantize(*layer.output, layer.places[kContext], context, run_.range(context, all), codes, r);
         }
-        linear(*layer.output, codes, rows);
-        codes = block_codes(*layer.up, layer.places[kHidden]);
+        linear(*layer.output, codes, rows, product(layer.attention_ghosts, scratch_.attended, *layer.output, row));
+    }
+
+    // From the product of the attention output to that of the feed-forward output.
+    void feed_forward(const Layer& layer, long row, long rows) {
+        const long hidden = encoder_.hidden;
+        float* const wide = own_.wide.get();
+        Codes codes = block_codes(*layer.up, layer.places[kHidden]);
         for (long r = 0; r < rows; ++r) {
-            const float* y = wide + r * layer.output->padded_rows();
+            const float* y = with_ghosts(layer.attention_ghosts, scratch_.attended, *layer.output, row, r);
             const Range range = run_.layer_norm(layer.after_attention, y, x(row + r), hidden);
             quantize(*layer.up, layer.places[kHidden], x(row + r), range, codes, r);
         }
-        linear(*layer.up, codes, rows);
+        linear(*layer.up, codes, rows, wide);
         codes = block_codes(*layer.down, layer.places[kFeature]);
         for (long r = 0; r < rows; ++r) {
             float* y = wide + r * layer.up->padded_rows();
@@ -221,18 +242,36 @@ class Worker {
                                                            : run_.relu(y, encoder_.intermediate);
             quantize(*layer.down, layer.places[kFeature], y, range, codes, r);
         }
-        linear(*layer.down, codes, rows);
+        linear(*layer.down, codes, rows, product(layer.feed_forward_ghosts, scratch_.fed, *layer.down, row));
+    }
+
+    // The second norm, and the codes that the next layer reads.
+    void finish(const Layer& layer, const Layer* next, long row, long rows) {
         for (long r = 0; r < rows; ++r) {
-            const float* y = wide + r * layer.down->padded_rows();
-            const Range range = run_.layer_norm(layer.after_feed_forward, y, x(row + r), hidden);
+            const float* y = with_ghosts(layer.feed_forward_ghosts, scratch_.fed, *layer.down, row, r);
+            const Range range = run_.layer_norm(layer.after_feed_forward, y, x(row + r), encoder_.hidden);
             if (!next) continue;
             const Weight& w = *next->query_key_value;
             quantize(w, next->places[kInput], x(row + r), range, input_codes(*next), row + r);
         }
     }
 
-    void linear(const Weight& w, const Codes& codes, long rows) {
-        run_.linear(w, codes, rows, 0, w.vectors, own_.wide.get(), w.padded_rows());
+    void linear(const Weight& w, const Codes& codes, long rows, float* y) {
+        run_.linear(w, codes, rows, 0, w.vectors, y, w.padded_rows());
+    }
+
+    // Where the product of the block at `row` goes: `all` where ghost features of other threads read it.
+    float* product(const Ghosts& ghosts, const Buffer<float>& all, const Weight& w, long row) {
+        return ghosts.features ? all.get() + row * w.padded_rows() : own_.wide.get();
+    }
+
+    // Row r of that product, with its ghost features if it has any.
+    const float* with_ghosts(const Ghosts& ghosts, const Buffer<float>& all, const Weight& w, long row, long r) {
+        if (!ghosts.features) return own_.wide.get() + r * w.padded_rows();
+        find_taps(ghosts, wave_.places.data(), wave_.rows(), wave_.batch.tokens, row + r, all.get(), w.padded_rows(),
+                  own_.taps.data());
+        run_.ghost(ghosts, own_.taps.data(), encoder_.hidden, own_.total.get());
+        return own_.total.get();
     }
 
     Wave& wave_;
@@ -245,7 +284,7 @@ class Worker {
 };
 
 void make_room(const Encoder& encoder, Scratch& s, long rows, long longest, int threads) {
-    long wide = encoder.hidden, depth = 0, groups = 1, query_key_value = 0, operand = 0;
+    long wide = encoder.hidden, depth = 0, groups = 1, query_key_value = 0, operand = 0, attended = 0, fed = 0, size = 0;
     for (const Layer& layer : encoder.layers) {
         const std::pair<const Weight*, Place> products[] = {{layer.query_key_value.get(), kInput},
                                                             {layer.output.get(), kContext},
@@ -260,12 +299,17 @@ void make_room(const Encoder& encoder, Scratch& s, long rows, long longest, int 
         for (const Weight* w : {layer.output.get(), layer.up.get(), layer.down.get()})
             wide = std::max(wide, w->padded_rows());
         query_key_value = std::max(query_key_value, layer.query_key_value->padded_rows());
+        if (layer.attention_ghosts.features) attended = layer.output->padded_rows();
+        if (layer.feed_forward_ghosts.features) fed = layer.down->padded_rows();
+        size = std::max({size, layer.attention_ghosts.size, layer.feed_forward_ghosts.size});
     }
     const long block = block_rows(encoder);
     const long narrow = encoder.layers.empty() ? 0 : encoder.layers[0].query_key_value->depth;
     s.x.grow(rows * encoder.hidden);
     s.query_key_value.grow(rows * query_key_value);
     s.context.grow(rows * encoder.heads * encoder.head_size);
+    s.attended.grow(rows * attended);
+    s.fed.grow(rows * fed);
     s.codes.grow(rows * narrow);
     s.scale.grow(rows);
     s.offset.grow(rows);
@@ -281,6 +325,8 @@ void make_room(const Encoder& encoder, Scratch& s, long rows, long longest, int 
         t.attention.grow(attention_scratch(longest, encoder.head_size));
         t.word.grow(encoder.hidden);
         t.operand.grow(operand);
+        t.total.grow(size ? encoder.hidden : 0);
+        if (t.taps.size() < static_cast<size_t>(size)) t.taps.resize(size);
     }
 }
 
@@ -315,6 +361,17 @@ bool add_sentence(const Encoder& encoder, const Batch& batch, long b, Wave& wave
 }
 
 }  // namespace
+
+void find_taps(const Ghosts& ghosts, const long* places, long rows, long tokens, long row, const float* y, long stride,
+               const float** taps) {
+    const long half = ghosts.size / 2, begin = places[row] - places[row] % tokens;
+    const long least = std::max(begin, places[row] - half);
+    const long most = std::min(begin + tokens, places[row] - half + ghosts.size) - 1;
+    std::fill(taps, taps + ghosts.size, ghosts.nothing.get());
+    auto take = [&](long at) { taps[places[at] - places[row] + half] = y + at * stride; };
+    for (long at = row; at >= 0 && places[at] >= least; --at) take(at);
+    for (long at = row + 1; at < rows && places[at] <= most; ++at) take(at);
+}
 
 Status forward(const Encoder& encoder, const Batch& batch, int threads) {
     long longest = 1, all = 0;

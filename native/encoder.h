@@ -15,6 +15,7 @@ struct Layer {
     Buffer<float> shifts[kPlaces];
     std::unique_ptr<Weight> query_key_value, output, up, down;
     LayerNorm after_attention, after_feed_forward;
+    Ghosts attention_ghosts, feed_forward_ghosts;  // between a product and the residual
 };
 
 // Packed word embedding in the checkpoint's layout, read where the caller keeps it; so are the float tables.
@@ -49,6 +50,10 @@ struct Batch {
 };
 
 enum Status { kDone = 0, kNoMemory = -1, kOutOfTable = -2, kHiddenStart = -3 };
+
+// The k rows of y (rows, stride) that the kernels see from `row`. places: of every row in (B, T), ascending.
+void find_taps(const Ghosts&, const long* places, long rows, long tokens, long row, const float* y, long stride,
+               const float** taps);
 
 // kOutOfTable: an id, type or position has no row. kHiddenStart: a sentence's first token, which heads read, is masked.
 Status forward(const Encoder&, const Batch&, int threads);

@@ -78,10 +78,12 @@ QB_INLINE void multiply(const uint8_t* codes, const uint8_t* x, long depth, long
 
 #include "attention.inl"
 
+#include "ghost.inl"
+
 }  // namespace
 
 const Kernels kAvx2Kernels = {operand_blocks, sums_blocks, linear_blocks, quantize_row,   range_row,     gelu_row,
-                              relu_row,    layer_norm_row, attention_head};
+                              relu_row,    layer_norm_row, attention_head, ghost_row};
 
 }  // namespace qbert
 

@@ -294,10 +294,12 @@ QB_TARGET void panel_product(const uint8_t* panel, long vector_bytes, long vecto
 
 #include "attention.inl"
 
+#include "ghost.inl"
+
 }  // namespace
 
 const Kernels kAvx512Kernels = {operand_avx512, sums_avx512, linear_avx512, quantize_row,   range_row,     gelu_row,
-                                relu_row,    layer_norm_row, attention_head};
+                                relu_row,    layer_norm_row, attention_head, ghost_row};
 
 }  // namespace qbert
 

@@ -35,6 +35,8 @@ void multiply(const uint8_t* codes, const uint8_t* x, long depth, long pieces, i
 
 #include "attention.inl"
 
+#include "ghost.inl"
+
 }  // namespace
 
 long attention_scratch(long tokens, long size) {
@@ -43,6 +45,6 @@ long attention_scratch(long tokens, long size) {
 }
 
 const Kernels kScalarKernels = {operand_blocks, sums_blocks, linear_blocks, quantize_row,   range_row,     gelu_row,
-                                relu_row,    layer_norm_row, attention_head};
+                                relu_row,    layer_norm_row, attention_head, ghost_row};
 
 }  // namespace qbert

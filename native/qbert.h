@@ -118,6 +118,14 @@ struct LayerNorm {
     float epsilon = 0;
 };
 
+// Ghost features after one output matrix: kernels over k tokens, the middle one at the token itself, then ReLU.
+struct Ghosts {
+    long features = 0, size = 0;  // F, k; no features: nothing is added
+    Buffer<float> kernels;        // (F, k, C)
+    Buffer<float> scale;          // (F, C)
+    Buffer<float> nothing;        // (C) zeros: a token that is hidden or beyond the sentence
+};
+
 // Attention of one head of one sentence.
 struct Head {
     const float* query;  // (tokens, stride) floats; key and value alike
@@ -146,6 +154,8 @@ struct Kernels {
     Range (*relu)(float* x, long n);
     Range (*layer_norm)(const LayerNorm&, const float* y, float* x, long n);  // x = norm(y + x), y may be null
     void (*attention)(const Head&);
+    // out (n) = taps[k / 2] + the sum over features of scale * relu(the sum over k of kernel * taps[k]).
+    void (*ghost)(const Ghosts&, const float* const* taps, long n, float* out);
 };
 
 enum Level { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };

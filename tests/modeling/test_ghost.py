@@ -13,7 +13,6 @@ from modeling_qbert import (
     GhostBertConfig,
     checkpoint_report,
     format_report,
-    fused,
     get_model_class,
     ghost_parameters,
     multiply_adds,
@@ -306,13 +305,6 @@ def test_every_head_through_a_file_and_auto_classes(backbone, head, bits, tmp_pa
     assert torch.equal(answers(loaded, given), expected)
 
 
-def test_the_fused_engine_leaves_ghosts_to_the_layers():
-    layers = [ghosts(bits="2-2-8", ghost_placement=where).pack().bert.encoder.layer[0] for where in PLACEMENTS[:3]]
-    for layer in layers:
-        with pytest.raises(fused._NotFusedError, match="no GhostFeatures"):
-            fused._layer_weights(layer)
-
-
 def test_dequantize_keeps_the_ghosts():
     model = ghosts(bits="2-2-32")
     plain = model.pack().dequantize()
@@ -390,8 +382,7 @@ def test_multiply_adds_are_those_of_the_layers():
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            kernel = function in (torch.ops.aten.mul.Tensor, torch.ops.aten.addcmul.default)
-            if kernel and isinstance(args[-1], torch.Tensor) and args[-1].dim() == 1:
+            if function is torch.ops.aten.mul.Tensor and isinstance(args[-1], torch.Tensor) and args[-1].dim() == 1:
                 self.count += out.numel()
             return out
 

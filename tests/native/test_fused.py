@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import sys
+import types
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "modeling"))
 
 from tiny import EVERY_HEAD, ODD, inputs, latent, randomize  # noqa: E402
 
-from modeling_qbert import fused, get_model_class  # noqa: E402
+from modeling_qbert import fused, get_model_class, ghost, native  # noqa: E402
+from modeling_qbert.ghost import GhostFeatures  # noqa: E402
 
 
+BACKBONES = ("bert", "roberta", "electra")
 SETTINGS = {
     "defaults": {},
     "symmetric": {"activation_quantizer": "symmetric"},
@@ -54,7 +57,7 @@ def assert_same(model, given) -> None:
 
 @pytest.mark.parametrize("packing", ["2bit", "dense"])
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("backbone", ["bert", "roberta", "electra"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_setting(level, backbone, setting, packing):
     if level != "avx512" and packing == "dense":
         pytest.skip("a layout of the file: the same for every path")
@@ -92,24 +95,90 @@ def test_binary(level, setting):  # noqa: ARG001
     assert_same(model.pack(), given)
 
 
+PRUNED = {"head_dim": 12, "num_attention_heads": 2}  # of three heads: one ghost feature after the attention
+GHOST_SETTINGS = {
+    "2-2-8, after both": {},
+    "2-2-8, no pruning": {"ghost_features": 3, "ghost_normalization": "none"},
+    "2-2-8, after the attention": {**PRUNED, "ghost_placement": "attention", "ghost_features": 2},
+    "2-2-8, after the feed-forward": {**PRUNED, "ghost_placement": "feed_forward", "ghost_kernel_size": 5},
+    "2-2-8, one token": {**PRUNED, "ghost_kernel_size": 1},
+    "1-1-8": {**PRUNED, "bits": "1-1-8"},
+    "1-1-8, two planes": {**PRUNED, "bits": "1-1-8", "planes": 2, "ghost_kernel_size": 5, "ghost_features": 2},
+    "1-1-4": {**PRUNED, "bits": "1-1-4", "activation_quantizer": "lsq", "ghost_normalization": "none"},
+    "8-8-8": {"bits": "8-8-8", "ghost_features": 1, "ghost_kernel_size": 9},
+}
+
+
+def masked_inputs(batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Masks with holes, not only padding; the first token of a sentence stays."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.randint(0, 3, (batch, tokens), generator=generator).clamp(max=1)
+    mask[:, 0] = 1
+    return {"input_ids": torch.randint(0, 97, (batch, tokens), generator=generator), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("setting", GHOST_SETTINGS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_ghosts(level, backbone, setting):  # noqa: ARG001
+    model = latent(backbone, "base", family="ghost", **{"bits": "2-2-8", **GHOST_SETTINGS[setting]})
+    expected, _ = both(model, inputs())
+    model = model.pack()
+    assert_same(model, inputs())
+    assert torch.equal(both(model, inputs())[0], expected)
+    for threads, (batch, tokens) in ((1, (3, 38)), (2, (5, 21)), (3, (2, 4)), (2, (19, 30))):
+        torch.set_num_threads(threads)
+        assert_same(model, masked_inputs(batch, tokens, seed=threads))
+
+
+@pytest.mark.parametrize("columns, features, size", [(1, 1, 3), (16, 2, 1), (36, 3, 5), (771, 2, 3)])
+def test_ghost_features_of_rows(level, columns, features, size):  # noqa: ARG001
+    module = GhostFeatures(0.1, features, columns, size, "none", "relu").eval()
+    torch.nn.init.normal_(module.ghost_scale)
+    y, real = torch.randn(4, 13, columns), masked_inputs(4, 13)["attention_mask"].bool()
+    real[0], real[1, 0] = True, False  # a kernel needs no first token
+    kernels = module.kernels().detach().transpose(1, 2).contiguous()
+    found = native.ghost_features(y, real, native.GhostWeights(kernels, module.ghost_scale.detach()))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(ghost, "_running", types.SimpleNamespace(real_tokens=real))
+        assert torch.equal(found, module(y)[real])
+
+
+def test_ghosts_that_the_engine_leaves_to_torch():
+    model = latent("bert", "base", family="ghost", bits="2-2-8", ghost_features=1, ghost_activation="tanh").pack()
+    fast, slow = both(model, inputs())
+    assert torch.equal(fast, slow)
+    assert not is_fused(model) and "Tanh" in model._fused_engine.why
+
+
+def test_changed_ghosts_are_a_new_engine():
+    model, given = latent("bert", "base", family="ghost", bits="2-2-8", ghost_features=1).pack(), inputs()
+    before, _ = both(model, given)
+    ghosts = model.encoder.layer[0].attention.output.dropout
+    for change in (ghosts.ghost_scale.mul_, ghosts.ghost_kernel.mul_):
+        with torch.no_grad():
+            change(-1.5)
+        assert_same(model, given)
+        after, _ = both(model, given)
+        assert not torch.equal(after, before)
+        before = after
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(both(twin, given)[0], before) and is_fused(twin)
+
+
 @pytest.mark.parametrize("backbone, head", EVERY_HEAD)
 def test_every_head(backbone, head):
     assert_same(latent(backbone, head).pack(), inputs(head))
 
 
-@pytest.mark.parametrize("backbone", ["bert", "roberta", "electra"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_threads_batches_and_masks(backbone, threads):
     model = latent(backbone, "base").pack()
     torch.set_num_threads(threads)
     for batch, tokens in ((1, 1), (1, 38), (7, 3), (19, 21), (2, 38)):
         generator = torch.Generator().manual_seed(tokens)
-        given = {
-            "input_ids": torch.randint(0, 97, (batch, tokens), generator=generator),
-            "attention_mask": torch.randint(0, 2, (batch, tokens), generator=generator),  # holes, not only padding
-            "token_type_ids": torch.randint(0, 2, (batch, tokens), generator=generator),
-        }
-        given["attention_mask"][:, 0] = 1
+        given = masked_inputs(batch, tokens, seed=tokens)
+        given["token_type_ids"] = torch.randint(0, 2, (batch, tokens), generator=generator)
         assert_same(model, given)
         positions = torch.randint(2, 40, (1, tokens), generator=generator)
         assert_same(model, given | {"position_ids": positions})
