@@ -17,9 +17,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-# Native products against plain integers, 100,000 random cases on every compiled path.
+# Native products against plain integers and ghost features against torch, on every compiled path.
 cases: $(VENV)/dev.stamp
-	QBERT_CASES=100000 $(BIN)/python -m pytest tests/native/test_products.py
+	QBERT_CASES=100000 $(BIN)/python -m pytest tests/native -k random
 
 # The native engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/dev.stamp

@@ -53,8 +53,10 @@ class GhostFeatures(nn.Dropout):
         self.ghost_scale.zero_()
 
     def kernels(self) -> Tensor:
-        """Weights (F, C, k) of the convolutions."""
-        return self.ghost_kernel.softmax(-1) if self.normalization == "softmax" else self.ghost_kernel
+        """Weights (F, C, k) of the convolutions; their softmax is rounded once, so that every CPU has the same."""
+        if self.normalization == "none":
+            return self.ghost_kernel
+        return functional.softmax(self.ghost_kernel, -1, dtype=torch.float64).to(self.ghost_kernel.dtype)
 
     def forward(self, y: Tensor) -> Tensor:
         real = getattr(_running, "real_tokens", None)

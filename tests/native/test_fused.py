@@ -4,7 +4,6 @@ import copy
 import os
 import pickle
 import sys
-import types
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "modeling"))
 
 from tiny import EVERY_HEAD, ODD, inputs, latent, randomize  # noqa: E402
 
-from modeling_qbert import fused, get_model_class, ghost, native  # noqa: E402
-from modeling_qbert.ghost import GhostFeatures  # noqa: E402
+from modeling_qbert import fused, get_model_class  # noqa: E402
 
 
 BACKBONES = ("bert", "roberta", "electra")
@@ -128,19 +126,6 @@ def test_ghosts(level, backbone, setting):  # noqa: ARG001
     for threads, (batch, tokens) in ((1, (3, 38)), (2, (5, 21)), (3, (2, 4)), (2, (19, 30))):
         torch.set_num_threads(threads)
         assert_same(model, masked_inputs(batch, tokens, seed=threads))
-
-
-@pytest.mark.parametrize("columns, features, size", [(1, 1, 3), (16, 2, 1), (36, 3, 5), (771, 2, 3)])
-def test_ghost_features_of_rows(level, columns, features, size):  # noqa: ARG001
-    module = GhostFeatures(0.1, features, columns, size, "none", "relu").eval()
-    torch.nn.init.normal_(module.ghost_scale)
-    y, real = torch.randn(4, 13, columns), masked_inputs(4, 13)["attention_mask"].bool()
-    real[0], real[1, 0] = True, False  # a kernel needs no first token
-    kernels = module.kernels().detach().transpose(1, 2).contiguous()
-    found = native.ghost_features(y, real, native.GhostWeights(kernels, module.ghost_scale.detach()))
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(ghost, "_running", types.SimpleNamespace(real_tokens=real))
-        assert torch.equal(found, module(y)[real])
 
 
 def test_ghosts_that_the_engine_leaves_to_torch():

@@ -1,12 +1,14 @@
 """The float steps between products: the same bits as the formulas of `ops` and `quantizers` on every path."""
 
 import itertools
+import os
 import types
 
+import numpy as np
 import pytest
 import torch
 
-from modeling_qbert import native, ops
+from modeling_qbert import ghost, native, ops
 from modeling_qbert.attention import quantized_attention
 from modeling_qbert.layers import _quantize_input
 from modeling_qbert.quantizers import ActivationQuantizer, LsqQuantizer, PactQuantizer
@@ -106,3 +108,26 @@ def test_attention(level, tokens, size, kind):
         expected = quantized_attention(module, query[None, None], key[None, None], value[None, None], None)[0]
     places = [native.place_of(quantizer, name != "probability") for quantizer, name in zip(quantizers, names)]
     assert torch.equal(native.attention(query, key, value, size**-0.5, places), expected[0, :, 0])
+
+
+def test_random_ghosts(level):
+    """`QBERT_CASES` sets how many. Tokens are hidden anywhere; rows of numbers lie off any alignment."""
+    generator = np.random.default_rng(native.LEVELS.index(level))
+    for _ in range(int(os.environ.get("QBERT_CASES", "200")) // 4):
+        batch, tokens, features = generator.integers(1, 5, 3).tolist()
+        tokens *= int(generator.integers(1, 5))
+        size = 2 * int(generator.integers(0, 4)) + 1
+        columns = max(1, 16 * int(generator.integers(0, 4)) + int(generator.integers(-2, 3)))
+        normalization = ("softmax", "none")[generator.integers(2)]
+        module = ghost.GhostFeatures(0.1, features, columns, size, normalization, "relu").eval()
+        torch.nn.init.normal_(module.ghost_scale)
+        y = torch.randn(batch * tokens * columns + 64)[int(generator.integers(64)) :]
+        y = y[: batch * tokens * columns].view(batch, tokens, columns)
+        real = torch.from_numpy(generator.random((batch, tokens)) < generator.choice([0.3, 0.9, 1.0]))
+        weights = native.GhostWeights(
+            module.kernels().detach().transpose(1, 2).contiguous(), module.ghost_scale.detach()
+        )
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(ghost, "_running", types.SimpleNamespace(real_tokens=real))
+            expected = module(y)[real]
+        assert torch.equal(native.ghost_features(y, real, weights), expected), (tokens, features, size, columns)
