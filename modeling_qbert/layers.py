@@ -20,6 +20,7 @@ from .ops import (
     layer_norm,
     quantized_linear,
     scaled_code_sums,
+    traced_linear,
 )
 from .packing import pack_codes, packed_columns, unpack_codes
 from .quantizers import (
@@ -358,6 +359,10 @@ class PackedLinear(_PackedMixin, _QuantizedInput, nn.Module):
         self._codes = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and traced_linear is not None:
+            y = traced_linear(self, x)
+            if y is not None:
+                return y
         weight, sums = self._runtime_weight()
         return _linear(self, x, None, weight, self.bias, sums)
 

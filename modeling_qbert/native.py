@@ -24,7 +24,7 @@ from .packing import packed_columns as row_bytes
 from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
 
 
-VERSION = 4  # of the C interface
+VERSION = 5  # of the C interface
 LEVELS = ("scalar", "avx2", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
@@ -41,7 +41,7 @@ _SIGNATURES = {
     "qb_sums": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p]),
     "qb_linear": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int]),
     "qb_quantize": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 5]),
-    "qb_dense": (c_int, [*[c_void_p] * 4, c_int64, c_int64, c_void_p]),
+    "qb_dense": (c_int, [*[c_void_p] * 4, c_int64, c_int64, c_void_p, c_int]),
     "qb_gelu": (None, [c_void_p, c_int64, c_int64]),
     "qb_layer_norm": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float]),
     "qb_attention": (c_int, [*[c_void_p] * 3, c_int64, c_int64, c_float, *[c_void_p] * 3]),
@@ -153,20 +153,43 @@ class Place(NamedTuple):
     shift: Tensor | None = None  # of signs: float32, what each column is compared with
 
 
-def place_of(quantizer: ActivationQuantizer | LsqQuantizer | PactQuantizer, signed: bool = True) -> Place:
-    """The engine's form of a quantizer; codes of probabilities stay unsigned (`signed` False)."""
+Quantizer = ActivationQuantizer | LsqQuantizer | PactQuantizer
+Parts = tuple[int, int, float, int, int, int, Tensor | None, Tensor | None, Tensor | None]
+
+
+def parts_of_place(quantizer: Quantizer, signed: bool = True) -> Parts:
+    """What `filled_place` takes: numbers that the form of a quantizer gives, then its learned tensors, unread."""
     if isinstance(quantizer, LsqQuantizer):
-        step = float(quantizer.step.detach().clamp_min(MIN_STEP))
         if quantizer.signs:
-            return Place(1, 3, step=step, shift=quantizer.shift.detach())
+            return 1, 3, 0.0, 0, 0, 0, quantizer.step, None, quantizer.shift
         less = 128 if signed and quantizer.most > 127 else 0
         bits = (quantizer.most - quantizer.least).bit_length()
-        return Place(bits, 2, -math.inf, math.inf, step, quantizer.low or 0.0, quantizer.least, quantizer.most, less)
+        return bits, 2, quantizer.low or 0.0, quantizer.least, quantizer.most, less, quantizer.step, None, None
     if isinstance(quantizer, PactQuantizer):
-        return place_of(quantizer.dynamic)._replace(
-            **dict(zip(("clip_low", "clip_high"), quantizer.clip.detach().tolist()))
-        )
-    return Place(quantizer.bits, int(quantizer.symmetric))
+        return *parts_of_place(quantizer.dynamic)[:7], quantizer.clip, None
+    return quantizer.bits, int(quantizer.symmetric), 0.0, 0, 0, 0, None, None, None
+
+
+def filled_place(
+    bits: int,
+    kind: int,
+    floor: float,
+    least: int,
+    most: int,
+    less: int,
+    step: Tensor | None,
+    clip: Tensor | None,
+    shift: Tensor | None,
+) -> Place:
+    """The place with the values that its tensors have now."""
+    low, high = (-math.inf, math.inf) if clip is None else clip.detach().tolist()
+    size = 1.0 if step is None else float(step.detach().clamp_min(MIN_STEP))
+    return Place(bits, kind, low, high, size, floor, least, most, less, None if shift is None else shift.detach())
+
+
+def place_of(quantizer: Quantizer, signed: bool = True) -> Place:
+    """The engine's form of a quantizer; codes of probabilities stay unsigned (`signed` False)."""
+    return filled_place(*parts_of_place(quantizer, signed))
 
 
 def _places(places: Sequence[Place], columns: Sequence[int]) -> tuple[ctypes.Array, ctypes.Array]:
@@ -242,12 +265,13 @@ class NativeDense:
         self.weight, self.place = weight, place
         self.numbers = _places([place], [weight.columns])
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, threads: int = 1) -> Tensor:
         """float32 (N, O) of the first tokens of a contiguous float32 (N, T, I)."""
         rows, tokens, columns = x.shape
         y = torch.empty(rows, self.weight.rows)
         address = _address(x, torch.float32, (rows, tokens, self.weight.columns))
-        _check(_library.qb_dense(self.weight.handle, *self.numbers, address, tokens * columns, rows, y.data_ptr()))
+        sizes = (address, tokens * columns, rows, y.data_ptr(), threads)
+        _check(_library.qb_dense(self.weight.handle, *self.numbers, *sizes))
         return y
 
 

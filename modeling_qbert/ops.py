@@ -25,11 +25,12 @@ try:
         place_of,
         supports,
     )
+    from .native_ops import traced_linear
 
     WHY_NOT_NATIVE = ""
 except ImportError as _error:  # built without a compiler, or copied as remote code
     EmbeddingTables = GhostWeights = LayerWeights = NativeDense = NativeEncoder = NativeWeight = None
-    place_of = supports = None
+    place_of = supports = traced_linear = None
     WHY_NOT_NATIVE = str(_error)
 
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32

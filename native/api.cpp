@@ -115,16 +115,30 @@ Activation activation_of(const double* numbers, const float* shift) {
 struct Job {
     const Weight* weight;
     const Codes* codes;  // one per thread
-    float* y;
+    float* y;  // (N, padded rows)
     long rows;
 };
+
+struct Dense {
+    Job job;
+    Activation activation;
+    const float* x;
+    long stride;
+};
+
+// A thread's share of the outputs.
+void multiply(const Job& job, int thread, const Team& team) {
+    const long vectors = job.weight->vectors;
+    kernels().linear(*job.weight, job.codes[thread], job.rows, vectors * thread / team.size(),
+                     vectors * (thread + 1) / team.size(), job.y, job.weight->padded_rows());
+}
 
 }  // namespace
 
 #pragma GCC visibility push(default)
 extern "C" {
 
-int qb_version() { return 4; }
+int qb_version() { return 5; }
 
 int qb_best_level() { return best_level(); }
 
@@ -170,10 +184,7 @@ int qb_linear(const void* weight, const int8_t* x, float* scale, float* offset, 
     for (auto& operand : operands) codes.push_back(laid.codes(w, scale, offset, operand));
     Job job{&w, codes.data(), wide.get(), rows};
     run_team(threads, [](void* context, int thread, Team& team) {
-        const Job& j = *static_cast<Job*>(context);
-        const long vectors = j.weight->vectors;
-        kernels().linear(*j.weight, j.codes[thread], j.rows, vectors * thread / team.size(),
-                         vectors * (thread + 1) / team.size(), j.y, j.weight->padded_rows());
+        multiply(*static_cast<Job*>(context), thread, team);
     }, &job);
     for (long row = 0; row < rows; ++row) std::memcpy(y + row * w.rows, wide.get() + row * w.padded_rows(), w.rows * 4);
     return kDone;
@@ -183,21 +194,35 @@ int qb_linear(const void* weight, const int8_t* x, float* scale, float* offset, 
 
 // y (N, O) = the weight times rows x (N, I), `stride` floats apart, that become codes by a place.
 int qb_dense(const void* weight, const double* place, const float* const* shift, const float* x, int64_t stride,
-             int64_t rows, float* y) try {
+             int64_t rows, float* y, int threads) try {
     const Weight& w = *static_cast<const Weight*>(weight);
     const Activation activation = activation_of(place, shift[0]);
+    threads = std::max(threads, 1);
     Buffer<int8_t> codes(rows * w.depth);
     Buffer<int32_t> sums(rows * w.groups);
-    Buffer<float> scale(rows), offset(rows), wide(rows * w.padded_rows());
-    Buffer<uint8_t> operand(kernels().operand(w, activation.alphabet()));
-    const Codes laid{codes.get(), scale.get(), offset.get(), sums.get(), w.depth, w.groups, activation.alphabet(),
-                     operand.get()};
-    for (long row = 0; row < rows; ++row) {
-        const float* from = x + row * stride;
-        kernels().quantize(from, w.columns, kernels().range(from, w.columns), activation, w.group_columns, laid, row);
+    Buffer<float> scale(rows), offset(rows), wide(w.rows == w.padded_rows() ? 0 : rows * w.padded_rows());
+    std::vector<Buffer<uint8_t>> operands(threads);
+    std::vector<Codes> laid;
+    for (auto& operand : operands) {
+        operand.reset(kernels().operand(w, activation.alphabet()));
+        laid.push_back({codes.get(), scale.get(), offset.get(), sums.get(), w.depth, w.groups, activation.alphabet(),
+                        operand.get()});
     }
-    kernels().linear(w, laid, rows, 0, w.vectors, wide.get(), w.padded_rows());
-    for (long row = 0; row < rows; ++row) std::memcpy(y + row * w.rows, wide.get() + row * w.padded_rows(), w.rows * 4);
+    Dense job{{&w, laid.data(), wide.count() ? wide.get() : y, rows}, activation, x, stride};
+    run_team(threads, [](void* context, int thread, Team& team) {
+        const Dense& d = *static_cast<Dense*>(context);
+        const Weight& of = *d.job.weight;
+        for (long row = d.job.rows * thread / team.size(); row < d.job.rows * (thread + 1) / team.size(); ++row) {
+            const float* from = d.x + row * d.stride;
+            kernels().quantize(from, of.columns, kernels().range(from, of.columns), d.activation, of.group_columns,
+                               d.job.codes[thread], row);
+        }
+        team.barrier();
+        multiply(d.job, thread, team);
+    }, &job);
+    if (wide.count())
+        for (long row = 0; row < rows; ++row)
+            std::memcpy(y + row * w.rows, wide.get() + row * w.padded_rows(), w.rows * 4);
     return kDone;
 } catch (const std::bad_alloc&) {
     return kNoMemory;

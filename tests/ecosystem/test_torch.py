@@ -11,6 +11,12 @@ from transformers import AutoModel
 from zoo import BACKBONES, FAMILIES, build
 
 
+try:
+    from modeling_qbert import native_ops
+except ImportError:
+    native_ops = None
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
@@ -47,8 +53,103 @@ def test_training_compiles(family):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_export_may_come_first(fresh_process):
-    fresh_process("export_first.py")
+@pytest.mark.parametrize("cpu", [None, "off", "scalar"])
+def test_export_may_come_first(fresh_process, cpu):
+    """With the engine, and without it by torch's operators alone."""
+    found = fresh_process("export_first.py", **({} if cpu is None else {"QBERT_CPU": cpu}))
+    assert int(found) == (0 if cpu == "off" or native_ops is None else PRODUCTS)
+
+
+PRODUCTS = 7  # of one layer and the pooler
+SETTINGS = {
+    "ternary": {},
+    "per group": {"weight_granularity": "per_group", "group_size": 16, "bits": "2-2-4"},
+    "ghost": {},
+    "binary": {"planes": 2, "activation_quantizer": "pact"},
+    "learned steps": {"bits": "1-1-4", "activation_quantizer": "lsq", "hidden_act": "relu"},
+    "signs": {"bits": "1-1-1", "activation_quantizer": "lsq"},
+}
+
+
+def packed(setting, backbone="bert"):
+    family = setting if setting in FAMILIES else "ternary" if setting == "per group" else "binary"
+    model = build(family, backbone, num_hidden_layers=1, **SETTINGS[setting])
+    model.calibrate(**inputs())
+    return model.pack()
+
+
+def products_in(graph) -> int:
+    return sum("qbert.packed_linear" in str(node.target) for node in graph.nodes)
+
+
+@pytest.mark.skipif(native_ops is None, reason="no native engine here")
+@pytest.mark.parametrize(
+    "setting, backbone", [*((name, "bert") for name in SETTINGS), ("ternary", "roberta"), ("ghost", "electra")]
+)
+def test_graphs_hold_the_products_of_the_engine(setting, backbone):
+    """One node a product, and the very bits of the eager answer, whatever batch and length come."""
+    model, graphs = packed(setting, backbone), []
+
+    def backend(module, _):
+        graphs.append(module.graph)
+        return module
+
+    batches = [inputs(), inputs(batch=5, tokens=17), inputs(batch=2, tokens=4)]
+    with torch.no_grad():
+        expected = [model(**given).logits for given in batches]
+        for run in (backend, "aot_eager"):
+            compiled = torch.compile(model, backend=run, fullgraph=True, dynamic=True)
+            for given, logits in zip(batches, expected):
+                assert torch.equal(compiled(**given).logits, logits)
+            torch._dynamo.reset()
+        sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("tokens", min=2, max=38)}
+        program = torch.export.export(model, (), inputs(), dynamic_shapes=dict.fromkeys(inputs(), sizes))
+        for given, logits in zip(batches, expected):
+            assert torch.equal(program.module()(**given).logits, logits)
+    assert [products_in(graph) for graph in graphs] == [PRODUCTS]
+    assert products_in(program.graph) == PRODUCTS
+
+
+@pytest.mark.skipif(native_ops is None, reason="no native engine here")
+def test_the_operator_follows_its_tensors():
+    layer = packed("ternary").bert.encoder.layer[0].intermediate.dense
+    x, other = torch.randn(5, layer.in_features), packed("signs").bert.encoder.layer[0].output.dense
+    for one in (layer, other):
+        size = torch.randn(5, one.in_features)
+        bias = None if one is other else one.bias
+        given = (one.weight, one.weight_scale, bias, one.packing, one.spec.group_size)
+        torch.library.opcheck(
+            native_ops.packed_linear, (size, *given, *native_ops.parts_of_place(one.activation)), test_utils=CHECKS
+        )
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(native_ops.traced_linear(layer, x), layer(x))
+    for change in (layer.weight.zero_, lambda: layer.weight_scale.mul_(2), lambda: layer.bias.fill_(3.0)):
+        before = native_ops.traced_linear(layer, x)
+        with torch.no_grad():
+            change()
+        layer._codes = None
+        after = native_ops.traced_linear(layer, x)
+        assert torch.equal(after, layer(x)) and not torch.equal(after, before)
+    address = layer.weight.data_ptr()
+    assert address in native_ops._weights
+    layer.weight = layer.weight.clone()
+    native_ops.traced_linear(layer, x)
+    assert address not in native_ops._weights  # nothing is kept of a weight that is gone
+
+
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def test_gradients_of_an_adapter_pass_a_compiled_layer():
+    model = packed("ternary")
+    x = torch.randn(2, 5, model.config.hidden_size, requires_grad=True)
+    layer = model.bert.encoder.layer[0].intermediate
+    gradients = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        (gradient,) = torch.autograd.grad(run(x).sum(), x)
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-6)
 
 
 def device_map(model, place):
