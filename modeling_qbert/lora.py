@@ -2,51 +2,31 @@
 
 The adapter adds its product in full precision to what the quantized layer answers; gradients pass that layer straight
 through. peft has no public registry of layers, so its factory of LoRA layers is wrapped here: for quantized layers it
-calls `LoraConfig._register_custom_module` first.
+calls `LoraConfig._register_custom_module` first. That happens when somebody imports peft, before or after this
+package: its 11 MB are not spent on models without adapters.
 """
+
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 from torch import nn
 
 from .layers import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 
 
-try:
-    from peft.tuners.lora import Linear as _LoraLinear
-    from peft.tuners.lora import LoraModel
-except ImportError:  # without peft nobody attaches adapters
-    _LoraLinear = LoraModel = None
+_FACTORY = "peft.tuners.lora.model"  # the module of LoraModel
 
 
-if _LoraLinear is not None:
+def _teach(peft_module: ModuleType) -> None:
+    from .lora_layer import LoraQuantizedLinear
 
-    class LoraQuantizedLinear(_LoraLinear):
-        """LoRA beside a `PackedLinear` or `QuantLinear`, which stays as it is."""
+    lora_model = peft_module.LoraModel
+    create_any_module = lora_model._create_new_module
 
-        lora_variants = {(): None}  # DoRA and other variants read or change the float weight
-
-        def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-            return module.in_features, module.out_features
-
-        def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
-            if config.init_lora_weights not in (True, False, "gaussian"):
-                raise ValueError(
-                    f"init_lora_weights={config.init_lora_weights!r} computes with the layer's weight; on quantized "
-                    "layers use True, False or 'gaussian'"
-                )
-            try:
-                self.resolve_lora_variant(config=config)
-            except ValueError as error:
-                raise ValueError(f"quantized layers take plain LoRA, no variant of it ({error})") from None
-            super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
-
-        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002
-            raise ValueError(
-                "LoRA cannot be merged into quantized weights: rounding to codes would lose it. Keep the adapter "
-                "beside the model; or load it on the full-precision copy that `dequantize()` makes and merge there, "
-                "where activations are no longer quantized"
-            )
-
-    def _create_new_module(lora_config, adapter_name, target, **kwargs):
+    def create_new_module(lora_config, adapter_name, target, **kwargs):
         layer = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if isinstance(layer, PackedEmbedding | QuantEmbedding):
             raise ValueError(
@@ -54,10 +34,34 @@ if _LoraLinear is not None:
             )
         if isinstance(layer, PackedLinear | QuantLinear):
             lora_config._register_custom_module({type(layer): LoraQuantizedLinear})
-        return _create_any_module(lora_config, adapter_name, target, **kwargs)
+        return create_any_module(lora_config, adapter_name, target, **kwargs)
 
-    _create_any_module = LoraModel._create_new_module
-    LoraModel._create_new_module = staticmethod(_create_new_module)
+    lora_model._create_new_module = staticmethod(create_new_module)
+
+
+class _AfterPeft(importlib.abc.MetaPathFinder):
+    """Has the factory taught right after its module has run."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002
+        if name != _FACTORY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_teach(module: ModuleType) -> None:
+                run(module)
+                _teach(module)
+
+            spec.loader.exec_module = run_and_teach
+        return spec
+
+
+if _FACTORY in sys.modules:
+    _teach(sys.modules[_FACTORY])
+else:
+    sys.meta_path.insert(0, _AfterPeft())
 
 
 def refuse_adapters(model: nn.Module, action: str) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 from zoo import BACKBONES, build
 
 from modeling_qbert.layers import PackedEmbedding, PackedLinear
-from modeling_qbert.lora import LoraQuantizedLinear
+from modeling_qbert.lora_layer import LoraQuantizedLinear
 
 
 STATES = [(family, backbone, state) for family, backbone in BACKBONES for state in ("latent", "packed")]
@@ -137,6 +137,12 @@ def test_kbit_preparation_and_gradient_checkpointing():
     tuned = get_peft_model(prepared, lora())
     losses = train(tuned)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("peft_first", [True, False])
+def test_peft_may_be_imported_before_or_after(fresh_process, peft_first):
+    """And whoever attaches no adapter never pays for it."""
+    fresh_process("lora_imports.py", *(["peft"] if peft_first else []))
 
 
 # Trained weights
