@@ -90,6 +90,14 @@ class PackedFile:
             return torch.empty(record.shape, dtype=_DTYPES[record.dtype])
         return torch.frombuffer(raw, dtype=_DTYPES[record.dtype]).view(record.shape)
 
+    def forget(self, name: str) -> None:
+        """Give the pages of one tensor back to the system; reading it again brings them back from the file."""
+        mapping, record = self.data.obj, self.tensors[name]
+        if hasattr(mmap, "MADV_DONTNEED") and record.end > record.begin:
+            start = len(mapping) - len(self.data)
+            begin = (start + record.begin) // mmap.PAGESIZE * mmap.PAGESIZE
+            mapping.madvise(mmap.MADV_DONTNEED, begin, start + record.end - begin)
+
     def json(self, key: str) -> dict[str, Any]:
         try:
             value = json.loads(self.metadata[key])
@@ -299,6 +307,7 @@ def check_digests(file: PackedFile) -> None:
         found = digest(name, record.dtype, record.shape, file.data[record.begin : record.end])
         if found != digests[index * size : (index + 1) * size]:
             raise file.fail(f"tensor {name!r} does not match its SHA-256 digest; download the file again")
+        file.forget(name)
 
 
 def check_tensors(file: PackedFile, expected: Mapping[str, Expected]) -> None:
@@ -330,6 +339,7 @@ def check_tensors(file: PackedFile, expected: Mapping[str, Expected]) -> None:
             )
         if name.endswith("_quantizer.clip") and not bool(tensor[0] < tensor[1]):
             raise file.fail(f"tensor {name!r} must hold a lower and a higher clip, found {tensor.tolist()}")
+        file.forget(name)
 
 
 def check_config(

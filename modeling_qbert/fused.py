@@ -334,13 +334,18 @@ def _weight(layers: list[nn.Module]) -> "NativeWeight":
     scales = [scale.expand(-1, layer.out_features, -1) for scale, layer in zip(scales, layers)]
     biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
     return NativeWeight(
-        torch.cat([layer.weight.view(spec.planes, layer.out_features, -1) for layer in layers], 1).contiguous(),
+        _joined([layer.weight.view(spec.planes, layer.out_features, -1) for layer in layers]),
         columns,
         packing,
-        torch.cat(scales, 1).contiguous(),
+        _joined(scales),
         spec.group_size,
         torch.cat(biases),
     )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """(P, O, ...) of parts one behind the other in O."""
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).contiguous()
 
 
 def _embedding_tables(model: nn.Module) -> "EmbeddingTables | None":
