@@ -1,21 +1,25 @@
 """Products of codes on every path against plain integers. `QBERT_CASES` sets how many random cases each path gets."""
 
 import ctypes
-import mmap
 import os
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from modeling_qbert import native, ops
-from modeling_qbert.packing import pack_codes
-from modeling_qbert.quantizers import Quantized
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+from guarded import Guarded  # noqa: E402
+
+from modeling_qbert import native, ops  # noqa: E402
+from modeling_qbert.packing import pack_codes  # noqa: E402
+from modeling_qbert.quantizers import Quantized  # noqa: E402
 
 
 CASES = int(os.environ.get("QBERT_CASES", "200"))
 BOUNDS = {"1bit": 1, "2bit": 1, "dense": 1, "int8": 127}
-PAGE = mmap.PAGESIZE
 
 
 def random_codes(generator: np.random.Generator, layout: str, *shape: int) -> torch.Tensor:
@@ -94,21 +98,6 @@ def test_sizes_of_bert(level, layout, shape):
     case = {"layout": layout, "rows": rows, "outputs": outputs, "columns": columns, "planes": 1}
     for bits in (8, 4, 2, 1, 0) if level == "avx512" else (8,):
         check(generator, case | {"group_size": 0, "bits": bits, "unsigned": bits == 2, "shift": 1, "threads": 2})
-
-
-class Guarded:
-    """A buffer that ends where memory that nobody may touch begins."""
-
-    def __init__(self, tensor: torch.Tensor):
-        size = tensor.numel() * tensor.element_size()
-        pages = -(-size // PAGE)
-        libc = ctypes.CDLL(None, use_errno=True)
-        self.memory = mmap.mmap(-1, (pages + 2) * PAGE)
-        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        for page in (0, pages + 1):
-            assert libc.mprotect(ctypes.c_void_p(self.start + page * PAGE), PAGE, 0) == 0
-        self.address = self.start + (pages + 1) * PAGE - size
-        ctypes.memmove(self.address, tensor.contiguous().data_ptr(), size)
 
 
 @pytest.mark.parametrize("layout", BOUNDS)

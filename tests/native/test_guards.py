@@ -1,0 +1,139 @@
+"""Nothing outside the buffers that the C interface is given is read or written: each lies against a forbidden page."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+
+HERE = os.path.dirname(__file__)
+sys.path[:0] = [HERE, os.path.join(HERE, "..", "modeling")]
+
+from guarded import Guarded  # noqa: E402
+from test_steps import QUANTIZERS  # noqa: E402
+from tiny import BACKBONE_SIZES, latent  # noqa: E402
+
+from modeling_qbert import native, ops  # noqa: E402
+from modeling_qbert.layers import PackedEmbedding  # noqa: E402
+from modeling_qbert.packing import pack_codes  # noqa: E402
+
+
+pytestmark = pytest.mark.parametrize("front", [False, True], ids=["behind", "before"])
+
+
+class Fence:
+    """Copies of tensors against forbidden pages, alive as long as this."""
+
+    def __init__(self, front: bool):
+        self.front, self.kept = front, []
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.kept.append(Guarded(tensor, self.front))
+        return self.kept[-1].tensor()
+
+    def empty(self, *shape, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self(torch.zeros(*shape, dtype=dtype))
+
+
+@pytest.fixture
+def fence(front, monkeypatch):
+    """Buffers that native.py makes for answers are fenced too."""
+    fence = Fence(front)
+    shim = type("Torch", (), {"__getattr__": lambda _, name: getattr(torch, name)})()
+    shim.empty = fence.empty
+    shim.empty_like = lambda tensor: fence.empty(*tensor.shape, dtype=tensor.dtype)
+    monkeypatch.setattr(native, "torch", shim)
+    return fence
+
+
+SIZES = (1, 15, 16, 47, 130)
+
+
+@pytest.mark.parametrize("columns", SIZES)
+def test_quantize(level, fence, columns):  # noqa: ARG001
+    x = torch.randn(3, columns)
+    for name, quantizer in QUANTIZERS.items():
+        place = native.place_of(quantizer)
+        if name == "signs":
+            place = place._replace(shift=fence(torch.randn(columns)))
+        found = native.quantize(fence(x), place)
+        assert all(torch.equal(one, two) for one, two in zip(found, native.quantize(x, place)))
+
+
+@pytest.mark.parametrize("columns", SIZES)
+def test_float_steps(level, fence, columns):  # noqa: ARG001
+    x, weight, bias = torch.randn(4, columns), torch.randn(columns), torch.randn(columns)
+    y = fence(x)
+    native._library.qb_gelu(y.data_ptr(), 4, columns)
+    assert torch.equal(y, ops.gelu(x))
+    y, parts = fence(x), [fence(weight).data_ptr(), fence(bias).data_ptr()]
+    assert native._library.qb_layer_norm(y.data_ptr(), 4, columns, *parts, 1e-12) == 0
+    assert torch.equal(y, ops.layer_norm(x, weight, bias, 1e-12))
+    codes = torch.randint(-1, 2, (1, 17, columns), dtype=torch.int8)
+    packed, scale = fence(pack_codes(codes, "dense")), fence(torch.rand(1, 17, 1))
+    made = native.NativeWeight(packed, columns, "dense", scale, columns, fence(torch.randn(17)))
+    dense = native.NativeDense(made, native.place_of(QUANTIZERS["8 bits, asymmetric"]))
+    for threads in (1, 2):
+        expected = dense(x.unsqueeze(1), 1)
+        assert torch.equal(dense(fence(x).unsqueeze(1), threads), expected)
+
+
+@pytest.mark.parametrize("tokens, size", [(1, 1), (7, 15), (17, 20), (33, 64)])
+def test_attention(level, fence, tokens, size):  # noqa: ARG001
+    parts = [torch.randn(tokens, size) for _ in range(3)]
+    places = [native.place_of(QUANTIZERS["8 bits, asymmetric"], signed) for signed in (True, True, True, False)]
+    found = native.attention(*map(fence, parts), 0.3, places)
+    assert torch.equal(found, native.attention(*parts, 0.3, places))
+
+
+@pytest.mark.parametrize("columns", SIZES)
+def test_ghost_features(level, fence, columns):  # noqa: ARG001
+    y, real = torch.randn(2, 9, columns), torch.rand(2, 9) < 0.7
+    rows, places = y[real], real.flatten().nonzero().flatten()
+    kernels, scale = torch.randn(2, 5, columns), torch.randn(2)
+    out = fence.empty(*rows.shape)
+    addresses = [fence(part).data_ptr() for part in (kernels, scale)]
+    sizes = (len(places), 9, columns, 2, 5)
+    inputs = (fence(rows).data_ptr(), fence(places).data_ptr())
+    assert native._library.qb_ghosts(*inputs, *sizes, *addresses, out.data_ptr()) == 0
+    assert torch.equal(out, native.ghost_features(y, real, native.GhostWeights(kernels, scale)))
+
+
+MODELS = [
+    ("bert", "ternary", {}),
+    ("roberta", "binary", {"bits": "1-1-4", "activation_quantizer": "lsq"}),
+    ("bert", "binary", {"bits": "1-1-1", "activation_quantizer": "lsq"}),
+    ("bert", "ternary", {"bits": "8-8-8", "embedding_granularity": "per_group", "group_size": 16}),
+    ("roberta", "ghost", {"bits": "2-2-8", "ghost_features": 2}),
+    ("electra", "ghost", {"bits": "1-1-8", "ghost_features": 1, "ghost_kernel_size": 5}),
+]
+
+
+@pytest.mark.parametrize("backbone, family, fields", MODELS, ids=[f"{m[1]}-{m[0]}" for m in MODELS])
+def test_encoder(level, fence, backbone, family, fields):  # noqa: ARG001
+    """Every tensor of a model, and its inputs and outputs, from the embedding's rows to the last hidden state."""
+    assert backbone != "electra" or backbone in BACKBONE_SIZES  # whose embeddings torch projects
+    model = latent(backbone, "base", family=family, **fields).pack()
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(0, 97, (5, 13), generator=generator), torch.rand(5, 13, generator=generator) < 0.7
+    ids[0, 0], mask[:, 0] = 96, True  # the last row of a table that ends at a page nobody may touch
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask)[0]
+        for module in model.modules():
+            for store in (module._parameters, module._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None and tensor.dtype != torch.int64:
+                        kept = fence(tensor)
+                        store[name] = torch.nn.Parameter(kept, False) if name in module._parameters else kept
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found = model(fence(ids), attention_mask=fence(mask))[0]
+            engine = model._fused_engine
+            assert engine.encoder is not None and torch.equal(found, expected)
+            if engine.encoder.tables is not None:
+                words = model.embeddings.word_embeddings
+                assert (
+                    type(words) is PackedEmbedding
+                    and engine.encoder.tables.words.data_ptr() == words.weight.data_ptr()
+                )
