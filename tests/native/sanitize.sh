@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the engine with AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests on it: sanitize.sh PYTHON
+# Builds the engine with AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests on it: sanitize.sh PYTHON [PYTEST ARGUMENTS]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=$1
@@ -19,4 +19,4 @@ export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:halt_on_error=1 UBSAN_
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)" \
   QBERT_CASES="${QBERT_CASES:-2000}" PYTHONPATH="$work/package" OMP_NUM_THREADS=2 \
   "$python" -c "import sys, pytest; from modeling_qbert import native; assert native.__file__.startswith('$work'), native
-sys.exit(pytest.main(sys.argv[1:]))" -q -p no:cacheprovider tests/native -k "not without_the_library and not aarch64"
+sys.exit(pytest.main(sys.argv[1:]))" -q -p no:cacheprovider tests/native -k "not without_the_library and not aarch64" "${@:2}"

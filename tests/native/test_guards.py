@@ -15,7 +15,6 @@ from test_steps import QUANTIZERS  # noqa: E402
 from tiny import BACKBONE_SIZES, latent  # noqa: E402
 
 from modeling_qbert import native, ops  # noqa: E402
-from modeling_qbert.layers import PackedEmbedding  # noqa: E402
 from modeling_qbert.packing import pack_codes  # noqa: E402
 
 
@@ -132,8 +131,4 @@ def test_encoder(level, fence, backbone, family, fields):  # noqa: ARG001
             engine = model._fused_engine
             assert engine.encoder is not None and torch.equal(found, expected)
             if engine.encoder.tables is not None:
-                words = model.embeddings.word_embeddings
-                assert (
-                    type(words) is PackedEmbedding
-                    and engine.encoder.tables.words.data_ptr() == words.weight.data_ptr()
-                )
+                assert engine.encoder.tables.words is model.embeddings.word_embeddings.weight  # read in place
