@@ -326,7 +326,7 @@ def ghost_features(y: Tensor, real: Tensor, ghosts: GhostWeights) -> Tensor:
     rows, places = y[real], real.flatten().nonzero().flatten()
     out = torch.empty_like(rows)
     inputs = [_address(rows, torch.float32, (len(places), columns)), _address(places, torch.int64)]
-    weights = [_address(part, torch.float32) for part in (ghosts.kernels, ghosts.scale)]
+    weights = [_address(ghosts.kernels, torch.float32), _address(ghosts.scale, torch.float32, (features, columns))]
     _check(_library.qb_ghosts(*inputs, *rows.shape[:1], y.shape[1], columns, features, size, *weights, out.data_ptr()))
     return out
 

@@ -90,7 +90,7 @@ int main() {
         qb_layer_norm(x.data(), 9, columns, weight.data(), bias.data(), 1e-12f);
         print("norm", x);
         const std::vector<int64_t> places = {0, 1, 3, 4, 5, 6, 7, 9, 10};
-        const std::vector<float> kernels = floats(2 * 3 * columns), scale = floats(2);
+        const std::vector<float> kernels = floats(2 * 3 * columns), scale = floats(2 * columns);
         std::vector<float> out(9 * columns);
         qb_ghosts(x.data(), places.data(), 9, 6, columns, 2, 3, kernels.data(), scale.data(), out.data());
         print("ghosts", out);

@@ -90,7 +90,7 @@ def test_attention(level, fence, tokens, size):  # noqa: ARG001
 def test_ghost_features(level, fence, columns):  # noqa: ARG001
     y, real = torch.randn(2, 9, columns), torch.rand(2, 9) < 0.7
     rows, places = y[real], real.flatten().nonzero().flatten()
-    kernels, scale = torch.randn(2, 5, columns), torch.randn(2)
+    kernels, scale = torch.randn(2, 5, columns), torch.randn(2, columns)
     out = fence.empty(*rows.shape)
     addresses = [fence(part).data_ptr() for part in (kernels, scale)]
     sizes = (len(places), 9, columns, 2, 5)
