@@ -2,7 +2,7 @@
 # Builds the engine with AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests on it: sanitize.sh PYTHON [PYTEST ARGUMENTS]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-python=$1
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cmake -S . -B "$work/build" -DQBERT_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release >/dev/null
