@@ -1,6 +1,7 @@
 // The batch is walked in waves of whole sentences. Within a wave each thread owns an equal run of rows (tokens), which
-// it takes through the row-wise steps in blocks that stay in its L2; only attention needs rows of others, so a layer
-// has two barriers, and one more for each of its places with ghost features, which see the rows beside. Rows are independent and sums exact: neither waves nor threads nor padding can move an answer.
+// it takes through the row-wise steps in blocks that stay in its L2. Only attention needs rows of others, so a layer has
+// two barriers, and one more for each of its places with ghost features, which see the rows beside. Rows are independent
+// and sums exact: neither waves nor threads nor padding can move an answer.
 
 #include "encoder.h"
 
