@@ -42,7 +42,7 @@ class GhostFeatures(nn.Dropout):
         super().__init__(p)
         self.kernel_size, self.normalization = kernel_size, normalization
         self.activation = ACT2FN[activation]
-        self.ghost_kernel = nn.Parameter(torch.empty(features, channels, kernel_size))  # logits where there is a softmax
+        self.ghost_kernel = nn.Parameter(torch.empty(features, channels, kernel_size))  # logits before a softmax
         self.ghost_scale = nn.Parameter(torch.empty(features, channels))
         self.reset()
 
