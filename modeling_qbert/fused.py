@@ -9,6 +9,7 @@ Tokens that the mask hides are not computed: their rows of the last hidden state
 
 import functools
 import operator
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -27,6 +28,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .ghost import GhostFeatures
 from .layers import FixedGELU, FixedLayerNorm, PackedEmbedding, PackedLinear
+from .memory import lend_buffer, return_free_memory
 from .ops import (
     WHY_NOT_NATIVE,
     EmbeddingTables,
@@ -73,13 +75,35 @@ class _Engine:
         self.watchers: tuple = ()  # hooks when they were last looked at, none of which expects to be called
         self.encoder = self.pooler = None
         try:
-            self.encoder, self.why = _native_encoder(model), ""
+            self.encoder, self.why = _native_encoder(model, self.lend), ""
             self.pooler = _native_pooler(model)
         except _NotFusedError as error:
             self.why = str(error) if self.encoder is None else ""
 
     def __reduce__(self):
         return _nothing, ()
+
+    def lend(self, layer: PackedLinear, weight: "NativeWeight", first: int) -> None:
+        """Leave the bits of a layer to the engine, which has them as rows from `first` on of a weight."""
+        rows, me = layer.out_features, weakref.ref(self)
+        place = next((i for i, t in enumerate(self.tensors) if t is dict.get(layer._buffers, "weight")), None)
+        if place is None:  # someone replaced it meanwhile
+            return
+
+        def take_back() -> Tensor:
+            tensor, engine = weight.packed(first, rows), me()
+            if engine is not None:
+                engine._watch(place, tensor)
+            return tensor
+
+        self.tensors[place] = None
+        lend_buffer(layer, "weight", take_back)
+        self._watch(place, dict.get(self.stores[place], "weight"))
+
+    def _watch(self, place: int, tensor: Tensor) -> None:
+        self.tensors[place] = tensor
+        for known, (now,) in zip(self.versions, _versions([tensor])):
+            known[place] = now
 
     def is_stale(self) -> bool:
         """Whether a tensor or a module was replaced since, as by an adapter, or a tensor written to.
@@ -222,6 +246,7 @@ def _engine(model: nn.Module) -> _Engine | None:
     """The engine of a backbone, made at its first use and again when the model has changed."""
     engine = model.__dict__.get("_fused_engine")
     if engine is None or engine.is_stale():
+        engine = model.__dict__["_fused_engine"] = None  # the old one holds tensors
         engine = model.__dict__["_fused_engine"] = _Engine(model)
         if engine.why:
             logger.warning_once(f"low-bit models run in plain torch: {engine.why}")
@@ -230,13 +255,16 @@ def _engine(model: nn.Module) -> _Engine | None:
     return None if engine.encoder is None or engine.is_watched() else engine
 
 
-def _native_encoder(model: nn.Module) -> "NativeEncoder":
+_Lend = Callable[[PackedLinear, "NativeWeight", int], None]
+
+
+def _native_encoder(model: nn.Module, lend: _Lend) -> "NativeEncoder":
     if NativeEncoder is None:
         raise _NotFusedError(f"native engine {WHY_NOT_NATIVE}")
     config = model.config
     if config.is_decoder or config.hidden_act not in ("gelu", "relu") or not len(model.encoder.layer):
         raise _NotFusedError(f"the engine has no decoder and no {config.hidden_act!r}")
-    layers = [_layer_weights(layer) for layer in model.encoder.layer]
+    layers = [_layer_weights(layer, lend) for layer in model.encoder.layer]
     attention = model.encoder.layer[0].attention.self
     heads, head_size = attention.num_attention_heads, attention.attention_head_size
     return NativeEncoder(
@@ -275,7 +303,7 @@ def _norm(module: nn.Module) -> tuple[Tensor, Tensor]:
     return module.weight.detach(), module.bias.detach()
 
 
-def _layer_weights(layer: nn.Module) -> "LayerWeights":
+def _layer_weights(layer: nn.Module, lend: _Lend) -> "LayerWeights":
     attention = layer.attention.self
     if layer.is_decoder or layer.chunk_size_feed_forward:
         raise _NotFusedError("the engine has no decoder and no chunks")
@@ -286,14 +314,16 @@ def _layer_weights(layer: nn.Module) -> "LayerWeights":
     for linear in (attention.query, attention.key, attention.value, *linears):
         if not isinstance(linear, PackedLinear):  # an adapter around it
             raise _NotFusedError(f"the engine has no {type(linear).__name__}")
-    return LayerWeights(
+    weights = LayerWeights(
         [_place(name, quantizer) for name, quantizer in _quantizers(attention, linears)],
-        _weight([attention.query, attention.key, attention.value]),
-        *[_weight([linear]) for linear in linears],
+        _weight([attention.query, attention.key, attention.value], lend),
+        *[_weight([linear], lend) for linear in linears],
         _norm(layer.attention.output.LayerNorm),
         _norm(layer.output.LayerNorm),
         (_ghosts(layer.attention.output.dropout), _ghosts(layer.output.dropout)),
     )
+    return_free_memory()
+    return weights
 
 
 def _ghosts(dropout: nn.Module) -> "GhostWeights | None":
@@ -321,8 +351,8 @@ def _place(name: str, quantizer: Any) -> Any:
     return place_of(quantizer, signed=name != "probability")
 
 
-def _weight(layers: list[nn.Module]) -> "NativeWeight":
-    """The rows of layers that read one input, as one weight."""
+def _weight(layers: list[nn.Module], lend: _Lend | None = None) -> "NativeWeight":
+    """The rows of layers that read one input, as one weight, which `lend` leaves to the engine."""
     layers = [_expect(layer, PackedLinear) for layer in layers]
     spec, packing, columns = layers[0].spec, layers[0].packing, layers[0].columns
     if any(layer.spec != spec or layer.packing != packing for layer in layers):
@@ -333,7 +363,7 @@ def _weight(layers: list[nn.Module]) -> "NativeWeight":
     scales = [layer.weight_scale.float().view(spec.planes, -1, groups) for layer in layers]
     scales = [scale.expand(-1, layer.out_features, -1) for scale, layer in zip(scales, layers)]
     biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
-    return NativeWeight(
+    weight = NativeWeight(
         _joined([layer.weight.view(spec.planes, layer.out_features, -1) for layer in layers]),
         columns,
         packing,
@@ -341,6 +371,11 @@ def _weight(layers: list[nn.Module]) -> "NativeWeight":
         spec.group_size,
         torch.cat(biases),
     )
+    first = 0
+    for layer in layers if lend is not None else ():
+        lend(layer, weight, first)
+        first += layer.out_features
+    return weight
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -1,13 +1,10 @@
 """Where the zoo meets Transformers: the `qbert` quantizer, strict loading, and the Auto registries."""
 
-import ctypes
-import mmap
 import os
-import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -121,50 +118,6 @@ def link_decoder(model: nn.Module) -> None:
         name = next(name for name, module in model.named_modules() if module is decoder)
         tied = {target: source for target, source in model.all_tied_weights_keys.items() if target != f"{name}.weight"}
         model.all_tied_weights_keys = model._tied_weights_keys = tied
-
-
-def own_memory(model: nn.Module) -> None:
-    """Copy every tensor out of the mapped file: whatever happens to the file afterwards, answers stay."""
-    mapped = _mapped_files() if _libc is not None else []
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is not None and tensor.device.type == "cpu":
-                    before = tensor.data
-                    if isinstance(tensor, nn.Parameter):
-                        tensor.data = before.clone()
-                    else:
-                        store[name] = tensor.clone()
-                    _forget(before, mapped)
-    return_free_memory()
-
-
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _mapped_files() -> list[tuple[int, int]]:
-    """Addresses between which this process has mapped a file; empty where that is unknown."""
-    try:
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
-            fields = [line.split(maxsplit=5) for line in lines]
-    except OSError:
-        return []
-    return [tuple(int(at, 16) for at in line[0].split("-")) for line in fields if line[4] != "0"]  # has an inode
-
-
-def _forget(tensor: Tensor, mapped: list[tuple[int, int]]) -> None:
-    """Give back the pages of a tensor that was only read from a mapped file, which still has them."""
-    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
-    if any(low <= begin and end <= high for low, high in mapped):
-        begin, end = (at // mmap.PAGESIZE * mmap.PAGESIZE for at in (begin + mmap.PAGESIZE - 1, end))  # of it alone
-        if begin < end:
-            _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-
-
-def return_free_memory() -> None:
-    """Give back what loading has freed: glibc keeps the top of its heap."""
-    if hasattr(_libc, "malloc_trim"):
-        _libc.malloc_trim(0)
 
 
 def expected_tensors(model: nn.Module) -> dict[str, Expected]:

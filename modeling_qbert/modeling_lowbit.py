@@ -24,7 +24,7 @@ from .attention import quantized_attention
 from .checkpoint import WEIGHTS_FILE, CheckpointError, ShapeError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import LowBitConfig, low_bit_fields
 from .fused import fuse_backbone, fused_forward_of
-from .integration import QbertConfig, QbertQuantizer, link_decoder, own_memory, register_quantizer
+from .integration import QbertConfig, QbertQuantizer, link_decoder, register_quantizer
 from .layers import (
     FixedGELU,
     FixedLayerNorm,
@@ -36,6 +36,7 @@ from .layers import (
     pack_layer,
 )
 from .lora import refuse_adapters
+from .memory import own_memory
 from .ops import dequantize_weight
 from .packing import PACKINGS
 from .quantizers import ACTIVATION_FLOORS, ActivationQuantizer, LsqQuantizer, PactQuantizer

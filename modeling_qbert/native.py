@@ -24,7 +24,7 @@ from .packing import packed_columns as row_bytes
 from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
 
 
-VERSION = 5  # of the C interface
+VERSION = 6  # of the C interface
 LEVELS = ("scalar", "avx2", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
@@ -38,6 +38,7 @@ _SIGNATURES = {
     "qb_use_openmp": (None, [c_void_p] * 3),
     "qb_weight_new": (c_void_p, [c_int, c_void_p, *[c_int64] * 5, c_void_p, c_void_p]),
     "qb_weight_free": (None, [c_void_p]),
+    "qb_weight_rows": (c_int, [c_void_p, c_int, c_int64, c_int64, c_void_p]),
     "qb_sums": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p]),
     "qb_linear": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int]),
     "qb_quantize": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 5]),
@@ -236,10 +237,22 @@ class NativeWeight:
     def __reduce__(self):
         return _nothing, ()
 
-    def release(self) -> int:
-        """The handle, for an owner that frees it."""
+    def release(self, owner: object) -> int:
+        """The handle, for an owner that frees it and lives as long as this object."""
         self._free.detach()
+        self.owner = owner
         return self.handle
+
+    def packed(self, first: int, rows: int) -> Tensor:
+        """Rows from `first` on as they were given: uint8 (P, rows, bytes), or (rows, bytes) of one plane."""
+        if first < 0 or first + rows > self.rows:
+            raise ValueError(f"a weight of {self.rows} rows has no rows {first} to {first + rows - 1}")
+        row = row_bytes(self.columns, self.layout)
+        shape = (rows, row) if self.planes == 1 else (self.planes, rows, row)
+        with torch.inference_mode(False):  # the tensor outlives the call
+            packed = torch.empty(shape, dtype=torch.uint8, device="cpu")
+        _check(_library.qb_weight_rows(self.handle, LAYOUTS[self.layout], first, rows, packed.data_ptr()))
+        return packed
 
     def sums(self, x: Tensor, plane: int = 0, group: int = 0) -> Tensor:
         """Exact products of int8 codes (N, I) with the codes of one plane and group: int32 (N, O)."""
@@ -398,7 +411,7 @@ class NativeEncoder:
             columns = (hidden, head_size, head_size, head_size, 0, heads * head_size, hidden, intermediate)
             places = _places(layer.places, columns)
             norms = [_address(part, torch.float32, (hidden,)) for part in (*layer.attention_norm, *layer.output_norm)]
-            handles = [weight.release() for weight in weights]
+            handles = [weight.release(self) for weight in weights]
             _check(_library.qb_encoder_layer(self.handle, index, *places, *handles, *norms, epsilon))
             for after, ghosts in enumerate(layer.ghosts):
                 if ghosts is not None:

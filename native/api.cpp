@@ -138,7 +138,7 @@ void multiply(const Job& job, int thread, const Team& team) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int qb_version() { return 5; }
+int qb_version() { return 6; }
 
 int qb_best_level() { return best_level(); }
 
@@ -157,6 +157,14 @@ void* qb_weight_new(int layout, const uint8_t* packed, int64_t rows, int64_t col
 }
 
 void qb_weight_free(void* weight) { delete static_cast<Weight*>(weight); }
+
+// packed (P, rows, bytes): rows from `first` on in the layout that the weight was made from.
+int qb_weight_rows(const void* weight, int layout, int64_t first, int64_t rows, uint8_t* packed) try {
+    packed_rows(*static_cast<const Weight*>(weight), static_cast<Layout>(layout), first, rows, packed);
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
 
 // out (N, O) int32: sums of the codes x (N, I) of one plane and group.
 int qb_sums(const void* weight, int64_t plane, int64_t group, const int8_t* x, int64_t rows, int32_t* out) try {

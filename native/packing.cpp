@@ -1,4 +1,4 @@
-// From a checkpoint's layout to the kernels'.
+// From a checkpoint's layout to the kernels', and back.
 //
 // Codes are stored without sign, code + zero (zero 128 for 8 bits, 1 for ternary; 1 bit: +1 is 1, -1 is 0), vector by
 // vector of 16 output rows, so that a kernel reads one stream per vector:
@@ -44,6 +44,23 @@ void unpack_row(Layout layout, const uint8_t* packed, long columns, int8_t* code
 
 namespace {
 
+// The inverse of unpack_row; pads are the digit 0.
+void pack_row(Layout layout, const int8_t* codes, long columns, uint8_t* packed) {
+    __builtin_memset(packed, 0, packed_row_bytes(layout, columns));
+    switch (layout) {
+        case kTwoBit:
+            for (long c = 0; c < columns; ++c) packed[c / 4] |= static_cast<uint8_t>((codes[c] + 1) << c % 4 * 2);
+            break;
+        case kDense:
+            for (long c = columns; c-- > 0;) packed[c / 5] = static_cast<uint8_t>(packed[c / 5] * 3 + codes[c] + 1);
+            break;
+        case kInt8: __builtin_memcpy(packed, codes, columns); break;
+        case kOneBit:
+            for (long c = 0; c < columns; ++c) packed[c / 8] |= static_cast<uint8_t>((codes[c] > 0) << c % 8);
+            break;
+    }
+}
+
 void store_row(Weight& w, uint8_t* plane, long row, const int8_t* codes) {
     uint8_t* vector = plane + row / kLanes * w.vector_bytes();
     const long lane = row % kLanes;
@@ -54,6 +71,21 @@ void store_row(Weight& w, uint8_t* plane, long row, const int8_t* codes) {
             vector[c / 16 * 64 + lane * 4 + c % 4] |= static_cast<uint8_t>((codes[c] + 1) << c % 16 / 4 * 2);
         } else if (codes[c] > 0) {
             vector[c / 32 * 64 + lane * 4 + c % 4] |= static_cast<uint8_t>(1 << c % 32 / 4);
+        }
+    }
+}
+
+// The inverse of store_row.
+void read_row(const Weight& w, const uint8_t* plane, long row, int8_t* codes) {
+    const uint8_t* vector = plane + row / kLanes * w.vector_bytes();
+    const long lane = row % kLanes;
+    for (long c = 0; c < w.columns; ++c) {
+        if (w.bits == 8) {
+            codes[c] = static_cast<int8_t>(vector[c / 4 * 64 + lane * 4 + c % 4] - 128);
+        } else if (w.bits == 2) {
+            codes[c] = static_cast<int8_t>((vector[c / 16 * 64 + lane * 4 + c % 4] >> c % 16 / 4 * 2 & 3) - 1);
+        } else {
+            codes[c] = static_cast<int8_t>((vector[c / 32 * 64 + lane * 4 + c % 4] >> c % 32 / 4 & 1) * 2 - 1);
         }
     }
 }
@@ -93,6 +125,17 @@ std::unique_ptr<Weight> make_weight(Layout layout, const uint8_t* packed, long r
     if (bias)
         for (long row = 0; row < rows; ++row) w.bias[row] = bias[row];
     return weight;
+}
+
+void packed_rows(const Weight& w, Layout layout, long first, long rows, uint8_t* packed) {
+    const long bytes = packed_row_bytes(layout, w.columns);
+    Buffer<int8_t> codes(w.columns);
+    for (long plane = 0; plane < w.planes; ++plane) {
+        for (long row = first; row < first + rows; ++row, packed += bytes) {
+            read_row(w, w.codes.get() + plane * w.vectors * w.vector_bytes(), row, codes.get());
+            pack_row(layout, codes.get(), w.columns, packed);
+        }
+    }
 }
 
 }  // namespace qbert
