@@ -83,15 +83,15 @@ class _Engine:
     def __reduce__(self):
         return _nothing, ()
 
-    def lend(self, layer: PackedLinear, weight: "NativeWeight", first: int) -> None:
-        """Leave the bits of a layer to the engine, which has them as rows from `first` on of a weight."""
-        rows, me = layer.out_features, weakref.ref(self)
+    def lend(self, layer: PackedLinear, packed: Callable[[], Tensor]) -> None:
+        """Leave the bits of a layer to the engine, of which `packed` asks them back."""
+        me = weakref.ref(self)
         place = next((i for i, t in enumerate(self.tensors) if t is dict.get(layer._buffers, "weight")), None)
         if place is None:  # someone replaced it meanwhile
             return
 
         def take_back() -> Tensor:
-            tensor, engine = weight.packed(first, rows), me()
+            tensor, engine = packed(), me()
             if engine is not None:
                 engine._watch(place, tensor)
             return tensor
@@ -255,7 +255,7 @@ def _engine(model: nn.Module) -> _Engine | None:
     return None if engine.encoder is None or engine.is_watched() else engine
 
 
-_Lend = Callable[[PackedLinear, "NativeWeight", int], None]
+_Lend = Callable[[PackedLinear, Callable[[], Tensor]], None]
 
 
 def _native_encoder(model: nn.Module, lend: _Lend) -> "NativeEncoder":
@@ -284,7 +284,7 @@ def _native_pooler(model: nn.Module) -> "NativeDense | None":
     pooler = getattr(model, "pooler", None)
     if type(pooler) not in (BertPooler, RobertaPooler) or type(pooler.dense) is not PackedLinear:
         return None
-    return NativeDense(_weight([pooler.dense]), _place("pooler", pooler.dense.activation))
+    return NativeDense(_weight([pooler.dense], pooler.dense.out_features), _place("pooler", pooler.dense.activation))
 
 
 def _expect(module: nn.Module, kind: type) -> Any:
@@ -316,8 +316,8 @@ def _layer_weights(layer: nn.Module, lend: _Lend) -> "LayerWeights":
             raise _NotFusedError(f"the engine has no {type(linear).__name__}")
     weights = LayerWeights(
         [_place(name, quantizer) for name, quantizer in _quantizers(attention, linears)],
-        _weight([attention.query, attention.key, attention.value], lend),
-        *[_weight([linear], lend) for linear in linears],
+        _weight([attention.query, attention.key, attention.value], attention.attention_head_size, lend),
+        *[_weight([linear], linear.out_features, lend) for linear in linears],
         _norm(layer.attention.output.LayerNorm),
         _norm(layer.output.LayerNorm),
         (_ghosts(layer.attention.output.dropout), _ghosts(layer.output.dropout)),
@@ -351,8 +351,8 @@ def _place(name: str, quantizer: Any) -> Any:
     return place_of(quantizer, signed=name != "probability")
 
 
-def _weight(layers: list[nn.Module], lend: _Lend | None = None) -> "NativeWeight":
-    """The rows of layers that read one input, as one weight, which `lend` leaves to the engine."""
+def _weight(layers: list[nn.Module], run: int, lend: _Lend | None = None) -> "NativeWeight":
+    """The rows of layers that read one input, as one weight: `run` rows of each in turn. `lend` leaves them to it."""
     layers = [_expect(layer, PackedLinear) for layer in layers]
     spec, packing, columns = layers[0].spec, layers[0].packing, layers[0].columns
     if any(layer.spec != spec or layer.packing != packing for layer in layers):
@@ -364,23 +364,23 @@ def _weight(layers: list[nn.Module], lend: _Lend | None = None) -> "NativeWeight
     scales = [scale.expand(-1, layer.out_features, -1) for scale, layer in zip(scales, layers)]
     biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
     weight = NativeWeight(
-        _joined([layer.weight.view(spec.planes, layer.out_features, -1) for layer in layers]),
+        _joined([layer.weight.view(spec.planes, layer.out_features, -1) for layer in layers], run, 1),
         columns,
         packing,
-        _joined(scales),
+        _joined(scales, run, 1),
         spec.group_size,
-        torch.cat(biases),
+        _joined(biases, run, 0),
     )
-    first = 0
-    for layer in layers if lend is not None else ():
-        lend(layer, weight, first)
-        first += layer.out_features
+    for index, layer in enumerate(layers if lend is not None else ()):
+        lend(layer, functools.partial(weight.packed, index * run, layer.out_features, run, len(layers) * run))
     return weight
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """(P, O, ...) of parts one behind the other in O."""
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).contiguous()
+def _joined(parts: list[Tensor], run: int, dim: int) -> Tensor:
+    """`run` rows of each part in turn, rows being dimension `dim`."""
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    return torch.stack([part.unflatten(dim, (-1, run)) for part in parts], dim + 1).flatten(dim, dim + 2)
 
 
 def _embedding_tables(model: nn.Module) -> "EmbeddingTables | None":

@@ -38,7 +38,7 @@ _SIGNATURES = {
     "qb_use_openmp": (None, [c_void_p] * 3),
     "qb_weight_new": (c_void_p, [c_int, c_void_p, *[c_int64] * 5, c_void_p, c_void_p]),
     "qb_weight_free": (None, [c_void_p]),
-    "qb_weight_rows": (c_int, [c_void_p, c_int, c_int64, c_int64, c_void_p]),
+    "qb_weight_rows": (c_int, [c_void_p, c_int, *[c_int64] * 4, c_void_p]),
     "qb_sums": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p]),
     "qb_linear": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int]),
     "qb_quantize": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 5]),
@@ -243,15 +243,18 @@ class NativeWeight:
         self.owner = owner
         return self.handle
 
-    def packed(self, first: int, rows: int) -> Tensor:
-        """Rows from `first` on as they were given: uint8 (P, rows, bytes), or (rows, bytes) of one plane."""
-        if first < 0 or first + rows > self.rows:
-            raise ValueError(f"a weight of {self.rows} rows has no rows {first} to {first + rows - 1}")
+    def packed(self, first: int, rows: int, run: int | None = None, step: int = 0) -> Tensor:
+        """Rows from `first` on as they were given, in runs that begin `step` rows apart: uint8 (P, rows, bytes), or
+        (rows, bytes) of one plane."""
+        run = run or rows
+        if first < 0 or rows < 1 or first + (rows - 1) // run * step + (rows - 1) % run >= self.rows:
+            raise ValueError(f"a weight of {self.rows} rows has no {rows} rows from {first} on, {run} every {step}")
         row = row_bytes(self.columns, self.layout)
         shape = (rows, row) if self.planes == 1 else (self.planes, rows, row)
         with torch.inference_mode(False):  # the tensor outlives the call
             packed = torch.empty(shape, dtype=torch.uint8, device="cpu")
-        _check(_library.qb_weight_rows(self.handle, LAYOUTS[self.layout], first, rows, packed.data_ptr()))
+        sizes = (first, rows, run, step)
+        _check(_library.qb_weight_rows(self.handle, LAYOUTS[self.layout], *sizes, packed.data_ptr()))
         return packed
 
     def sums(self, x: Tensor, plane: int = 0, group: int = 0) -> Tensor:
@@ -346,7 +349,7 @@ def ghost_features(y: Tensor, real: Tensor, ghosts: GhostWeights) -> Tensor:
 
 class LayerWeights(NamedTuple):
     """One encoder layer: places where numbers become codes (input, query, key, value, probabilities, context, hidden,
-    feed-forward), weights of query over key over value, attention output, up and down, two LayerNorms, and the ghost
+    feed-forward), weights of query, key and value of each head, attention output, up and down, two LayerNorms, and the ghost
     features after the attention and the feed-forward output."""
 
     places: Sequence[Place]

@@ -58,10 +58,10 @@ using namespace qbert;
 namespace {
 
 // Codes of activations as a product takes them.
-class Rows {
+class LaidRows {
  public:
     // Copies codes (N, I) to rows of the weight's depth, sums them per group and finds their bounds.
-    Rows(const Weight& w, const int8_t* x, long rows) : codes_(rows * w.depth), sums_(rows * w.groups) {
+    LaidRows(const Weight& w, const int8_t* x, long rows) : codes_(rows * w.depth), sums_(rows * w.groups) {
         for (long row = 0; row < rows; ++row) {
             std::memcpy(codes_.get() + row * w.depth, x + row * w.columns, w.columns);
             for (long c = 0; c < w.columns; ++c) {
@@ -158,9 +158,10 @@ void* qb_weight_new(int layout, const uint8_t* packed, int64_t rows, int64_t col
 
 void qb_weight_free(void* weight) { delete static_cast<Weight*>(weight); }
 
-// packed (P, rows, bytes): rows from `first` on in the layout that the weight was made from.
-int qb_weight_rows(const void* weight, int layout, int64_t first, int64_t rows, uint8_t* packed) try {
-    packed_rows(*static_cast<const Weight*>(weight), static_cast<Layout>(layout), first, rows, packed);
+// packed (P, count, bytes): rows in runs, in the layout that the weight was made from.
+int qb_weight_rows(const void* weight, int layout, int64_t first, int64_t count, int64_t run, int64_t step,
+                   uint8_t* packed) try {
+    packed_rows(*static_cast<const Weight*>(weight), static_cast<Layout>(layout), {first, count, run, step}, packed);
     return kDone;
 } catch (const std::bad_alloc&) {
     return kNoMemory;
@@ -169,7 +170,7 @@ int qb_weight_rows(const void* weight, int layout, int64_t first, int64_t rows, 
 // out (N, O) int32: sums of the codes x (N, I) of one plane and group.
 int qb_sums(const void* weight, int64_t plane, int64_t group, const int8_t* x, int64_t rows, int32_t* out) try {
     const Weight& w = *static_cast<const Weight*>(weight);
-    const Rows laid(w, x, rows);
+    const LaidRows laid(w, x, rows);
     Buffer<uint8_t> operand;
     Buffer<int32_t> sums(rows * w.padded_rows());
     kernels().sums(w, plane, group, laid.codes(w, nullptr, nullptr, operand), rows, sums.get());
@@ -184,7 +185,7 @@ int qb_sums(const void* weight, int64_t plane, int64_t group, const int8_t* x, i
 int qb_linear(const void* weight, const int8_t* x, float* scale, float* offset, int64_t rows, float* y,
               int threads) try {
     const Weight& w = *static_cast<const Weight*>(weight);
-    const Rows laid(w, x, rows);
+    const LaidRows laid(w, x, rows);
     Buffer<float> wide(rows * w.padded_rows());
     threads = std::max(threads, 1);
     std::vector<Buffer<uint8_t>> operands(threads);
@@ -307,7 +308,7 @@ void* qb_encoder_new(int64_t layers, int64_t hidden, int64_t heads, int64_t head
 
 void qb_encoder_free(void* encoder) { delete static_cast<Encoder*>(encoder); }
 
-// Takes the four weights: query over key over value, attention output, up and down. Places are in the order of Place;
+// Takes the four weights: query, key and value of each head, attention output, up and down. Places are in the order of Place;
 // shifts are null or one number for each column, of query, key and value for each of a head.
 int qb_encoder_layer(void* encoder, int64_t index, const double* places, const float* const* shifts,
                      void* query_key_value, void* output, void* up, void* down, const float* attention_weight,

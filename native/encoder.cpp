@@ -1,7 +1,9 @@
 // The batch is walked in waves of whole sentences. Within a wave each thread owns an equal run of rows (tokens), which
 // it takes through the row-wise steps in blocks that stay in its L2. Only attention needs rows of others, so a layer has
-// two barriers, and one more for each of its places with ghost features, which see the rows beside. Rows are independent
-// and sums exact: neither waves nor threads nor padding can move an answer.
+// two barriers, and one more for each of its places with ghost features, which see the rows beside. Lines that another
+// core has written are slow to read, and slower to write: threads attend to the sentences of their own rows first, and
+// where there are too few sentences each takes some heads from the product to the context. Rows are independent and sums
+// exact: neither waves nor threads nor padding can move an answer.
 
 #include "encoder.h"
 
@@ -83,7 +85,7 @@ struct Wave {
     std::vector<Sentence> sentences;
     std::vector<long> places;                 // of every row in (B, T)
     std::vector<int64_t> positions;           // of every row in the table, if there is one
-    std::vector<std::atomic<long>>& tickets;  // one counter of attention tasks per layer
+    std::vector<std::atomic<long>>& tickets;  // of attention tasks: one counter per layer and thread
 
     long rows() const { return static_cast<long>(places.size()); }
 };
@@ -102,30 +104,39 @@ class Worker {
  public:
     Worker(Wave& wave, int thread, Team& team)
         : wave_(wave), encoder_(wave.encoder), run_(wave.run), scratch_(wave.scratch), own_(scratch_.threads[thread]),
-          team_(team), first_(wave.rows() * thread / team.size()), last_(wave.rows() * (thread + 1) / team.size()) {}
+          team_(team), thread_(thread), first_(first_row(thread)), last_(first_row(thread + 1)),
+          by_heads_(wave.sentences.size() < static_cast<size_t>(team.size()) && encoder_.heads % team.size() == 0 &&
+                    encoder_.head_size % kLanes == 0) {}
 
     void work() {
         for (long row = first_; row < last_; ++row) begin(row);
         for (size_t index = 0; index < encoder_.layers.size(); ++index) {
             const Layer& layer = encoder_.layers[index];
             const Layer* next = index + 1 < encoder_.layers.size() ? &encoder_.layers[index + 1] : nullptr;
-            blocks([&](long row, long rows) { query_key_value(layer, row, rows); });
-            team_.barrier();
-            attention(layer, index);
+            if (by_heads_) {
+                team_.barrier();
+                heads(layer);
+            } else {
+                blocks(first_, last_, [&](long row, long rows) {
+                    query_key_value(layer, row, rows, 0, layer.query_key_value->vectors);
+                });
+                team_.barrier();
+                attention(layer, index);
+            }
             team_.barrier();
             const bool attended = layer.attention_ghosts.features != 0, fed = layer.feed_forward_ghosts.features != 0;
             if (attended) {
-                blocks([&](long row, long rows) { attention_output(layer, row, rows); });
+                blocks(first_, last_, [&](long row, long rows) { attention_output(layer, row, rows); });
                 team_.barrier();
             }
-            blocks([&](long row, long rows) {
+            blocks(first_, last_, [&](long row, long rows) {
                 if (!attended) attention_output(layer, row, rows);
                 feed_forward(layer, row, rows);
                 if (!fed) finish(layer, next, row, rows);
             });
             if (fed) {
                 team_.barrier();
-                blocks([&](long row, long rows) { finish(layer, next, row, rows); });
+                blocks(first_, last_, [&](long row, long rows) { finish(layer, next, row, rows); });
             }
         }
         for (long row = first_; row < last_; ++row)
@@ -133,13 +144,14 @@ class Worker {
     }
 
  private:
+    long first_row(int thread) const { return wave_.rows() * thread / team_.size(); }
+
     template <typename Body>
-    void blocks(Body body) {
-        const long rows = last_ - first_, most_rows = block_rows(encoder_),
-                   count = (rows + most_rows - 1) / most_rows;
+    void blocks(long first, long last, Body body) {
+        const long rows = last - first, most_rows = block_rows(encoder_), count = (rows + most_rows - 1) / most_rows;
         if (rows == 0) return;
         const long most = round_up((rows + count - 1) / count, std::min<long>(8, rows));
-        for (long row = first_; row < last_; row += most) body(row, std::min(most, last_ - row));
+        for (long row = first; row < last; row += most) body(row, std::min(most, last - row));
     }
 
     float* x(long row) { return scratch_.x.get() + row * encoder_.hidden; }
@@ -193,26 +205,49 @@ class Worker {
         }
     }
 
-    void query_key_value(const Layer& layer, long row, long rows) {
+    void query_key_value(const Layer& layer, long row, long rows, long first, long last) {
         const Weight& w = *layer.query_key_value;
-        run_.linear(w, at_row(input_codes(layer), row), rows, 0, w.vectors,
+        run_.linear(w, at_row(input_codes(layer), row), rows, first, last,
                     scratch_.query_key_value.get() + row * w.padded_rows(), w.padded_rows());
     }
 
+    // Query, key, value and attention of this thread's heads: only codes of the input come from other threads.
+    void heads(const Layer& layer) {
+        const long first = encoder_.heads * thread_ / team_.size(), last = encoder_.heads * (thread_ + 1) / team_.size();
+        const long vectors = 3 * encoder_.head_size / kLanes;
+        blocks(0, wave_.rows(), [&](long row, long rows) {
+            query_key_value(layer, row, rows, first * vectors, last * vectors);
+        });
+        for (const Sentence& sentence : wave_.sentences)
+            for (long head = first; head < last; ++head) attend(layer, sentence, head);
+    }
+
+    // The sentences that mostly lie in this thread's rows, then what is left of others.
     void attention(const Layer& layer, size_t index) {
-        const long all = encoder_.heads * encoder_.head_size, stride = layer.query_key_value->padded_rows();
-        const long tasks = static_cast<long>(wave_.sentences.size()) * encoder_.heads;
-        for (;;) {
-            const long task = wave_.tickets[index].fetch_add(1, std::memory_order_relaxed);
-            if (task >= tasks) return;
-            const Sentence& sentence = wave_.sentences[task / encoder_.heads];
-            const long head = task % encoder_.heads * encoder_.head_size;
-            const float* query = scratch_.query_key_value.get() + sentence.first * stride + head;
-            run_.attention({query, query + all, query + 2 * all, stride,
-                            scratch_.context.get() + sentence.first * all + head, all, sentence.tokens,
-                            encoder_.head_size, encoder_.scaling, &layer.places[kQuery], &layer.places[kKey],
-                            &layer.places[kValue], &layer.places[kProbability], own_.attention.get()});
+        const int threads = team_.size();
+        for (int i = 0; i < threads; ++i) {
+            const int owner = (thread_ + i) % threads;
+            const long begin = first_sentence(owner), tasks = (first_sentence(owner + 1) - begin) * encoder_.heads;
+            std::atomic<long>& ticket = wave_.tickets[index * threads + owner];
+            for (long task; (task = ticket.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+                attend(layer, wave_.sentences[begin + task / encoder_.heads], task % encoder_.heads);
         }
+    }
+
+    long first_sentence(int thread) const {
+        const auto begin = wave_.sentences.begin();
+        return std::partition_point(begin, wave_.sentences.end(), [row = first_row(thread)](const Sentence& sentence) {
+                   return sentence.first + sentence.tokens / 2 < row;
+               }) - begin;
+    }
+
+    void attend(const Layer& layer, const Sentence& sentence, long head) {
+        const long size = encoder_.head_size, all = encoder_.heads * size, stride = layer.query_key_value->padded_rows();
+        const float* query = scratch_.query_key_value.get() + sentence.first * stride + head * 3 * size;
+        run_.attention({query, query + size, query + 2 * size, stride,
+                        scratch_.context.get() + sentence.first * all + head * size, all, sentence.tokens, size,
+                        encoder_.scaling, &layer.places[kQuery], &layer.places[kKey], &layer.places[kValue],
+                        &layer.places[kProbability], own_.attention.get()});
     }
 
     void attention_output(const Layer& layer, long row, long rows) {
@@ -281,7 +316,9 @@ class Worker {
     Scratch& scratch_;
     ThreadScratch& own_;
     Team& team_;
+    const int thread_;
     const long first_, last_;
+    const bool by_heads_;  // each thread has heads instead of rows up to the attention: fewer sentences than threads
 };
 
 void make_room(const Encoder& encoder, Scratch& s, long rows, long longest, int threads) {
@@ -391,7 +428,7 @@ Status forward(const Encoder& encoder, const Batch& batch, int threads) {
     Lease lease;
     make_room(encoder, *lease.scratch, std::min(most, all), longest, threads);
     for (long b = 0; b < batch.sentences;) {
-        std::vector<std::atomic<long>> tickets(encoder.layers.size());
+        std::vector<std::atomic<long>> tickets(encoder.layers.size() * threads);
         Wave wave{encoder, batch, kernels(), *lease.scratch, {}, {}, {}, tickets};
         for (; b < batch.sentences && (wave.rows() == 0 || wave.rows() + lengths[b] <= most); ++b)
             if (!add_sentence(encoder, batch, b, wave)) return kOutOfTable;

@@ -13,7 +13,8 @@ enum Place { kInput, kQuery, kKey, kValue, kProbability, kContext, kHidden, kFea
 struct Layer {
     Activation places[kPlaces];
     Buffer<float> shifts[kPlaces];
-    std::unique_ptr<Weight> query_key_value, output, up, down;
+    std::unique_ptr<Weight> query_key_value;  // outputs (H, query then key then value, D)
+    std::unique_ptr<Weight> output, up, down;
     LayerNorm after_attention, after_feed_forward;
     Ghosts attention_ghosts, feed_forward_ghosts;  // between a product and the residual
 };

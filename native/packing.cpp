@@ -127,11 +127,12 @@ std::unique_ptr<Weight> make_weight(Layout layout, const uint8_t* packed, long r
     return weight;
 }
 
-void packed_rows(const Weight& w, Layout layout, long first, long rows, uint8_t* packed) {
+void packed_rows(const Weight& w, Layout layout, const Rows& rows, uint8_t* packed) {
     const long bytes = packed_row_bytes(layout, w.columns);
     Buffer<int8_t> codes(w.columns);
     for (long plane = 0; plane < w.planes; ++plane) {
-        for (long row = first; row < first + rows; ++row, packed += bytes) {
+        for (long i = 0; i < rows.count; ++i, packed += bytes) {
+            const long row = rows.first + i / rows.run * rows.step + i % rows.run;
             read_row(w, w.codes.get() + plane * w.vectors * w.vector_bytes(), row, codes.get());
             pack_row(layout, codes.get(), w.columns, packed);
         }

@@ -173,8 +173,12 @@ const Kernels& kernels();
 // packing.cpp
 std::unique_ptr<Weight> make_weight(Layout, const uint8_t* packed, long rows, long columns, long planes, long groups,
                                     long group_columns, const float* scale, const float* bias);
-// Rows [first, first + rows) in the layout that the weight was made from: (P, rows, bytes).
-void packed_rows(const Weight&, Layout, long first, long rows, uint8_t* packed);
+// Rows in runs, `step` from the first of a run to the first of the next.
+struct Rows {
+    long first, count, run, step;
+};
+// Rows in the layout that the weight was made from: (P, count, bytes).
+void packed_rows(const Weight&, Layout, const Rows&, uint8_t* packed);
 void unpack_row(Layout, const uint8_t* packed, long columns, int8_t* codes);
 long packed_row_bytes(Layout, long columns);
 

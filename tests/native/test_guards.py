@@ -31,8 +31,8 @@ class Fence:
         self.kept.append(Guarded(tensor, self.front))
         return self.kept[-1].tensor()
 
-    def empty(self, *shape, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self(torch.zeros(*shape, dtype=dtype))
+    def empty(self, *shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+        return self(torch.zeros(*shape, dtype=dtype, device=device))
 
 
 @pytest.fixture
