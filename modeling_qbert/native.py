@@ -349,8 +349,8 @@ def ghost_features(y: Tensor, real: Tensor, ghosts: GhostWeights) -> Tensor:
 
 class LayerWeights(NamedTuple):
     """One encoder layer: places where numbers become codes (input, query, key, value, probabilities, context, hidden,
-    feed-forward), weights of query, key and value of each head, attention output, up and down, two LayerNorms, and the ghost
-    features after the attention and the feed-forward output."""
+    feed-forward), weights of query, key and value of each head, attention output, up and down, two LayerNorms, and the
+    ghost features after the attention and the feed-forward output."""
 
     places: Sequence[Place]
     query_key_value: NativeWeight

@@ -171,11 +171,31 @@ def test_threads_batches_and_masks(backbone, threads):
         assert torch.equal(fast, slow)
 
 
+WHOLE_HEADS = {"num_attention_heads": 4, "head_dim": 16}  # heads that threads can have for themselves
+WHOLE_HEAD_SETTINGS = {
+    "2-2-8": ("ternary", {}),
+    "1-1-4": ("binary", {"bits": "1-1-4", "activation_quantizer": "lsq"}),
+    "1-1-8, two planes": ("binary", {"bits": "1-1-8", "planes": 2}),
+    "2-2-8, ghosts": ("ghost", {"bits": "2-2-8", "ghost_features": 1}),
+}
+
+
+@pytest.mark.parametrize("setting", WHOLE_HEAD_SETTINGS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_fewer_sentences_than_threads(level, backbone, setting):  # noqa: ARG001
+    family, fields = WHOLE_HEAD_SETTINGS[setting]
+    model = latent(backbone, "base", family=family, **WHOLE_HEADS, **fields).pack()
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        for batch, tokens in ((1, 1), (1, 38), (2, 17), (3, 5)):
+            assert_same(model, masked_inputs(batch, tokens, seed=tokens))
+
+
 def test_a_wave_of_many_sentences():
     model = latent("bert", "base").pack()
     given = inputs(batch=3, tokens=40)
     given = {name: tensor.repeat(30, 1) for name, tensor in given.items()}
-    for threads in (1, 2):
+    for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         assert_same(model, given)
 
