@@ -71,7 +71,8 @@ class _Engine:
                         self.stores.append(store)
                         self.names.append(name)
                         self.tensors.append(tensor)
-        self.versions = _versions(self.tensors)
+        self.writable = list(self.tensors)
+        self.versions = _versions(self.writable)
         self.watchers: tuple = ()  # hooks when they were last looked at, none of which expects to be called
         self.encoder = self.pooler = None
         try:
@@ -85,10 +86,10 @@ class _Engine:
 
     def lend(self, layer: PackedLinear, packed: Callable[[], Tensor]) -> None:
         """Leave the bits of a layer to the engine, of which `packed` asks them back."""
-        me = weakref.ref(self)
         place = next((i for i, t in enumerate(self.tensors) if t is dict.get(layer._buffers, "weight")), None)
         if place is None:  # someone replaced it meanwhile
             return
+        me = weakref.ref(self)
 
         def take_back() -> Tensor:
             tensor, engine = packed(), me()
@@ -96,14 +97,19 @@ class _Engine:
                 engine._watch(place, tensor)
             return tensor
 
+        at = next(i for i, t in enumerate(self.writable) if t is self.tensors[place])
+        for known in (self.writable, *self.versions):
+            del known[at]
         self.tensors[place] = None
         lend_buffer(layer, "weight", take_back)
         self._watch(place, dict.get(self.stores[place], "weight"))
 
     def _watch(self, place: int, tensor: Tensor) -> None:
         self.tensors[place] = tensor
-        for known, (now,) in zip(self.versions, _versions([tensor])):
-            known[place] = now
+        if not tensor.is_meta:  # what stands for a lent tensor cannot be written to
+            self.writable.append(tensor)
+            for known, (now,) in zip(self.versions, _versions([tensor])):
+                known.append(now)
 
     def is_stale(self) -> bool:
         """Whether a tensor or a module was replaced since, as by an adapter, or a tensor written to.
@@ -114,7 +120,7 @@ class _Engine:
             return True
         if any(map(operator.is_not, map(dict.get, self.stores, self.names), self.tensors)):
             return True
-        return _versions(self.tensors) != self.versions
+        return _versions(self.writable) != self.versions
 
     def is_watched(self) -> bool:
         """Whether a hook inside expects to be called."""
