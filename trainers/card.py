@@ -35,6 +35,8 @@ PIPELINE_TAGS = {
 QUANTIZATION_FIELDS = (
     "bits",
     "weight_quantizer",
+    "binary_quantizer",
+    "planes",
     "weight_granularity",
     "embedding_granularity",
     "group_size",
@@ -42,6 +44,19 @@ QUANTIZATION_FIELDS = (
     "activation_granularity",
     "quantization_config",
 )
+
+_OF_BITS = {"weight_quantizer": "2", "binary_quantizer": "1", "planes": "1"}  # what says nothing of other weights
+
+
+def _quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config that say how its numbers became codes."""
+    bits = str(config.get("bits")).split("-")[:2]
+    return {
+        name: config[name]
+        for name in QUANTIZATION_FIELDS
+        if name in config and (name not in _OF_BITS or _OF_BITS[name] in bits)
+    }
+
 
 # Rendered once: values are inserted as they are, so braces inside them are never read as a template.
 _TEMPLATE = "---\n{{ card_data }}\n---\n\n{{ body }}"
@@ -239,8 +254,7 @@ def _body(
         f"{main_score(results, 'teacher'):.2f})."
     )
     quantization = []
-    for key in QUANTIZATION_FIELDS:
-        value = config.get(key)
+    for key, value in _quantization(config).items():
         for name, item in value.items() if isinstance(value, dict) else [(None, value)]:
             if item is not None:
                 quantization.append([_code(f"{key}.{name}" if name is not None else key), _code(item)])
@@ -350,7 +364,8 @@ def build_card(
         )
         for metric, (base, _, end) in named
     ]
-    own_tags = ["qbert", "quantization", "low-bit", config.get("model_type"), config.get("weight_quantizer")]
+    quantizers = [_quantization(config).get(name) for name in ("weight_quantizer", "binary_quantizer")]
+    own_tags = ["qbert", "quantization", "low-bit", config.get("model_type"), *quantizers]
     data = _CardData(
         license=license,
         language=language,

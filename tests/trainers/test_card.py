@@ -262,3 +262,13 @@ def test_latency_is_shown_with_what_it_was_measured_on(folder, results):
     (folder / "latency.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match="latency.json.*rows"):
         build_card(folder, results)
+
+
+def test_only_quantizers_in_use_are_named(folder, results):
+    config = json.loads((folder / "config.json").read_text())
+    for bits, quantizers in (("1-1-4", ["bwn"]), ("2-2-8", ["twn"]), ("1-2-8", ["twn", "bwn"]), ("32-32-32", [])):
+        both = {"bits": bits, "weight_quantizer": "twn", "binary_quantizer": "bwn", "planes": 2}
+        (folder / "config.json").write_text(json.dumps(config | both))
+        front, body = parts(str(build_card(folder, results, limitations="x")))
+        assert [tag for tag in front["tags"] if tag in ("twn", "bwn")] == quantizers
+        assert ("`planes`" in body) == ("bwn" in quantizers)
