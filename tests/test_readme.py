@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainers import cli
-from trainers.tables import update_tables
+from trainers.tables import render_zoo, update_tables
 
 
 ROOT = Path(__file__).parents[1]
@@ -29,3 +29,12 @@ def test_update_replaces_blocks_alone(tmp_path, capsys):
     assert update_tables(text, tmp_path) == text and not capsys.readouterr().out
     with pytest.raises(ValueError, match="found none"):
         update_tables("no block", tmp_path)
+
+
+def test_zoo_lists_every_checkpoint():
+    table = render_zoo(ROOT / "model_cards")
+    folders = [path.parent for path in (ROOT / "model_cards").glob("*/model.safetensors")]
+    assert len(table.splitlines()) == 2 + len(folders)
+    for folder in folders:
+        line = next(line for line in table.splitlines() if f"(model_cards/{folder.name})" in line)
+        assert f"{(folder / 'model.safetensors').stat().st_size / 1e6:.2f} MB" in line

@@ -5,6 +5,7 @@ Scores are shown times 100. Nothing here is typed by hand; what papers report is
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .published import METHODS, published_drop, published_method
-from .results import load_results, variant_of
+from .results import RESULTS_NAME, load_results, read_results, variant_of
 
 
 # GLUE's column order in the TernaryBERT paper; a task that is not here comes last under its own name.
@@ -24,6 +25,7 @@ TASK_LABELS = {
     "cola": "CoLA",
     "mrpc": "MRPC",
     "stsb": "STS-B",
+    "stsb_embedding": "STS-B by embeddings",
     "rte": "RTE",
     "wnli": "WNLI",
     "squad": "SQuAD v1.1",
@@ -226,19 +228,44 @@ def render_metrics(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(_row(line if averaged else line[:-1]) for line in lines) + "\n"
 
 
-_BLOCK = re.compile(r"(<!-- qbert table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+def render_zoo(folder: str | Path) -> str:
+    """Table of the checkpoints in a folder: their bits, size and score beside their teacher's."""
+    lines = [["checkpoint", "W-E-A bits", "task", "score", "teacher", "file", "teacher's"], ["---"] * 7]
+    for path in sorted(Path(folder).glob(f"*/{RESULTS_NAME}")):
+        results, config = read_results(path), json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        planes = ", two planes" if config.get("planes") == 2 and "1" in config["bits"].split("-")[:2] else ""
+        lines.append(
+            [
+                f"[{escape_markdown(path.parent.name)}]({path.parent.relative_to(Path(folder).parent).as_posix()})",
+                config["bits"] + planes,
+                escape_markdown(f"{task_label(results['task'])} ({metric_label(results['main_metric'])})"),
+                *(f"{main_score(results, part):.2f}" for part in ("packed", "teacher")),
+                *(f"{results[part]['bytes'] / 1e6:.2f} MB" for part in ("packed", "teacher")),
+            ]
+        )
+    return "\n".join(map(_row, lines)) + "\n"
+
+
+_BLOCK = re.compile(r"(<!-- qbert (table|zoo) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def update_tables(text: str, root: str | Path) -> str:
     """`text` with every block `<!-- qbert table FOLDER -->` ... `<!-- end -->` rendered again from the results in that
-    folder, relative to `root`.
+    folder, relative to `root`, and `<!-- qbert zoo FOLDER -->` from its checkpoints.
 
     Raises:
         ValueError: the text has no such block, or a folder no results.
     """
     if not _BLOCK.search(text):
         raise ValueError("expected blocks '<!-- qbert table FOLDER -->' ... '<!-- end -->', found none")
-    return _BLOCK.sub(lambda match: match[1] + render_table(load_results([Path(root) / match[2]])) + match[3], text)
+
+    def render(block: re.Match) -> str:
+        folder = Path(root) / block[3]
+        return (
+            block[1] + (render_zoo(folder) if block[2] == "zoo" else render_table(load_results([folder]))) + block[4]
+        )
+
+    return _BLOCK.sub(render, text)
 
 
 def _notes(grid: Grid) -> list[str]:
