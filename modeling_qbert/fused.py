@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .ghost import GhostFeatures
 from .layers import FixedGELU, FixedLayerNorm, PackedEmbedding, PackedLinear
-from .memory import lend_buffer, return_free_memory
+from .memory import lend_buffer, own_buffers, return_free_memory
 from .ops import (
     WHY_NOT_NATIVE,
     EmbeddingTables,
@@ -65,7 +65,7 @@ class _Engine:
             self.known_children.append(dict(module._modules))
             if module is not model:
                 self.hooks += module._forward_hooks, module._forward_pre_hooks
-            for store in (module._parameters, module._buffers):
+            for store in (module._parameters, own_buffers(module)):
                 for name, tensor in store.items():
                     if tensor is not None and tensor.dtype != torch.int64:
                         self.stores.append(store)

@@ -121,11 +121,17 @@ class LentBuffers(dict):
         return dict, (), None, None, iter(self.items())
 
 
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dict in which a module has its buffers, lent or not."""
+    return module._buffers.end() if isinstance(module._buffers, LentBuffers) else module._buffers
+
+
 def lend_buffer(module: nn.Module, name: str, take_back: Callable[[], Tensor]) -> None:
     """Free a buffer that `take_back` can make again. Where anyone else holds the tensor or its memory, it stays."""
-    own = module._buffers
+    own = own_buffers(module)
     reference, storage = TensorWeakRef(own[name]), own[name].untyped_storage()
-    if torch._C._storage_Use_Count(storage._cdata) > 2:  # the tensor's and ours: no view, no array, no other tensor
+    users = getattr(torch._C, "_storage_Use_Count", lambda _: 3)(storage._cdata)
+    if users > 2:  # the tensor and our variable are two: no view, no array, no other tensor
         return
     lent = LentBuffers(module, name, take_back)
     module._buffers, own[name] = lent, lent.placeholder

@@ -143,6 +143,23 @@ def test_replaced_while_lent():
     assert torch.equal(answer(model), answer(packed()))
 
 
+def test_an_engine_made_again_while_lent():
+    model, other = packed(), packed()
+    answer(model)
+    for each in (model, other):
+        with torch.no_grad():
+            each.encoder.layer[0].output.LayerNorm.weight.mul_(1.5)
+    expected = answer(other)
+    assert lent(model)
+    assert torch.equal(answer(model), expected)
+    assert lent(model) == list(encoder_layers(model))
+    for each in (model, other):
+        layer = each.encoder.layer[1].output.dense
+        layer.weight = layer.weight.flip(0)
+    changed = answer(model)
+    assert not torch.equal(changed, expected) and torch.equal(changed, answer(other))
+
+
 HOLDS = {
     "tensor": lambda layer: layer.weight,
     "view": lambda layer: layer.weight[:1],
