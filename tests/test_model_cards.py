@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, pipeline
 
 import modeling_qbert
+from modeling_qbert import fused
 from trainers.question_answering import answer as answer_question
 from trainers.recipe import DataSpec
 from trainers.results import read_results
@@ -64,6 +66,25 @@ def test_pipeline_answers_as_recorded(folder):
         assert found["label"] == label
         # Another CPU may round an exp or a GELU otherwise; an 8-bit code next to a tie then moves by one step.
         assert found["score"] == pytest.approx(score, abs=2e-2)
+
+
+@torch.no_grad()
+def test_engine_and_plain_torch_agree(folder, monkeypatch):
+    pytest.importorskip("modeling_qbert.native", reason="no native engine here", exc_type=ImportError)
+    (architecture,) = AutoConfig.from_pretrained(folder).architectures
+    model = getattr(modeling_qbert, architecture).from_pretrained(folder)
+    texts = [
+        list(first.values()) if isinstance(first, dict) else [first]
+        for first, *_ in json.loads((folder / "golden.json").read_text())
+    ]
+    given = AutoTokenizer.from_pretrained(folder)(*map(list, zip(*texts)), padding=True, return_tensors="pt")
+    fast = model(**given)[0]
+    assert model.base_model._fused_engine.encoder is not None
+    monkeypatch.setattr(fused, "_answer", lambda *_: None)
+    slow = model(**given)[0]
+    if slow.dim() == 3:  # hidden states: the engine leaves out padding
+        fast, slow = (part[given["attention_mask"].bool()] for part in (fast, slow))
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=0)
 
 
 def test_saving_again_gives_the_same_bytes(folder, tmp_path):
