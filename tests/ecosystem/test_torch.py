@@ -1,6 +1,7 @@
 """What torch and accelerate do with a model: one compiled graph, exports, device maps, workers, casts."""
 
 import copy
+import shutil
 import warnings
 
 import pytest
@@ -32,6 +33,15 @@ def test_a_packed_model_is_one_graph(family):
         expected = model(**given).logits
         torch.testing.assert_close(compiled(**given).logits, expected, atol=1e-6, rtol=1e-6)
     assert model.is_packed and compiled.is_packed
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++")
+def test_inductor():
+    """torch.compile's own backend, after a call in the engine, which then alone held the bits."""
+    model, given = build("ternary", "bert", state="packed", num_hidden_layers=1), inputs()
+    with torch.no_grad():
+        expected = model(**given).logits
+        torch.testing.assert_close(torch.compile(model)(**given).logits, expected, atol=1e-6, rtol=1e-6)
 
 
 def loss_and_gradients(model, run):
