@@ -9,7 +9,7 @@ import modeling_qbert
 MODELING = Path(modeling_qbert.__file__).parent
 ROOT = MODELING.parent
 ORDER = [
-    {"quantizers", "packing"},
+    {"quantizers", "packing", "memory"},
     {"native"},
     {"native_ops"},
     {"ops"},
