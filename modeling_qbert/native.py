@@ -243,10 +243,9 @@ class NativeWeight:
         self.owner = owner
         return self.handle
 
-    def packed(self, first: int, rows: int, run: int | None = None, step: int = 0) -> Tensor:
-        """Rows from `first` on as they were given, in runs that begin `step` rows apart: uint8 (P, rows, bytes), or
-        (rows, bytes) of one plane."""
-        run = run or rows
+    def packed(self, first: int, rows: int, run: int, step: int) -> Tensor:
+        """Rows from `first` on as they were given, in runs of `run` that begin `step` rows apart: uint8 (P, rows,
+        bytes), or (rows, bytes) of one plane."""
         if first < 0 or rows < 1 or first + (rows - 1) // run * step + (rows - 1) % run >= self.rows:
             raise ValueError(f"a weight of {self.rows} rows has no {rows} rows from {first} on, {run} every {step}")
         row = row_bytes(self.columns, self.layout)

@@ -308,8 +308,8 @@ void* qb_encoder_new(int64_t layers, int64_t hidden, int64_t heads, int64_t head
 
 void qb_encoder_free(void* encoder) { delete static_cast<Encoder*>(encoder); }
 
-// Takes the four weights: query, key and value of each head, attention output, up and down. Places are in the order of Place;
-// shifts are null or one number for each column, of query, key and value for each of a head.
+// Takes the four weights: query, key and value of each head, attention output, up and down. Places are in the order of
+// Place; shifts are null or one number for each column, of query, key and value for each of a head.
 int qb_encoder_layer(void* encoder, int64_t index, const double* places, const float* const* shifts,
                      void* query_key_value, void* output, void* up, void* down, const float* attention_weight,
                      const float* attention_bias, const float* output_weight, const float* output_bias,

@@ -12,6 +12,8 @@
 
 #include "qbert.h"
 
+#include <algorithm>
+
 namespace qbert {
 
 long packed_row_bytes(Layout layout, long columns) {
@@ -46,7 +48,7 @@ namespace {
 
 // The inverse of unpack_row; pads are the digit 0.
 void pack_row(Layout layout, const int8_t* codes, long columns, uint8_t* packed) {
-    __builtin_memset(packed, 0, packed_row_bytes(layout, columns));
+    std::fill_n(packed, packed_row_bytes(layout, columns), uint8_t{0});
     switch (layout) {
         case kTwoBit:
             for (long c = 0; c < columns; ++c) packed[c / 4] |= static_cast<uint8_t>((codes[c] + 1) << c % 4 * 2);
