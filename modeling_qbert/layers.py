@@ -375,7 +375,8 @@ class PackedLinear(_PackedMixin, _QuantizedInput, nn.Module):
         if self.activation is None or torch.compiler.is_compiling():
             return weight, None
         if has_fast_int8(weight.codes.device):
-            self._codes = (weight, scaled_code_sums(weight, self.spec.bound, self.spec.group_size))
+            sums = scaled_code_sums(weight, self.spec.bound, self.spec.group_size, self.spec.planes)
+            self._codes = (weight, sums)
         return weight, None
 
     def quantize_weight(self) -> Quantized:

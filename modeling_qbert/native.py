@@ -24,7 +24,7 @@ from .packing import packed_columns as row_bytes
 from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
 
 
-VERSION = 6  # of the C interface
+VERSION = 7  # of the C interface
 LEVELS = ("scalar", "avx2", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
@@ -204,7 +204,7 @@ class NativeWeight:
     """One packed weight in the engine's layout, still packed.
 
     Args:
-        packed: uint8 (P, O, bytes) in one of `LAYOUTS`.
+        packed: uint8 (P, O, bytes) in one of `LAYOUTS`, of one plane or two.
         columns: I.
         scale: float32 (P, O, G); group_size columns share one if G > 1, then a multiple of 16 (of 32 for 1 bit).
         bias: float32 (O) or None.
@@ -213,7 +213,7 @@ class NativeWeight:
     def __init__(self, packed: Tensor, columns: int, layout: str, scale: Tensor, group_size: int, bias: Tensor | None):
         planes, rows, width = packed.shape
         groups = scale.shape[2]
-        if width != row_bytes(columns, layout) or 0 in (planes, rows, columns):
+        if width != row_bytes(columns, layout) or planes not in (1, 2) or 0 in (rows, columns):
             expected = row_bytes(columns, layout)
             raise ValueError(f"a {layout} row of {columns} codes has {expected} bytes, found {list(packed.shape)}")
         if groups > 1 and (not supports(layout, groups, group_size) or -(-columns // group_size) != groups):

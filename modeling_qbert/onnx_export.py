@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from .layers import PackedEmbedding, PackedLinear, WeightSpec, quantize_signed
 from .lora import refuse_adapters
-from .ops import add_products, scaled_code_sums
+from .ops import add_products, flatten_planes, scaled_code_sums
 from .packing import CODE_TABLES
 from .quantizers import ActivationQuantizer, PactQuantizer, Quantized
 
@@ -81,7 +81,6 @@ class _Plane(nn.Module):
         shape, after = (self.rows, self.weight.shape[1]), exact and not grouped
         self.register_buffer("block_scales", torch.ones(shape) if after else weight.scale.expand(shape).clone())
         self.register_buffer("scale", weight.scale.view(1, -1).clone() if after else torch.ones(1, 1))
-        self.register_buffer("sums", scaled_code_sums(weight, spec.bound, spec.group_size).sum(0, keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O), times the blocks' scales."""
@@ -107,18 +106,19 @@ class OnnxLinear(nn.Module):
         self.activation, weight = layer.activation, layer.quantize_weight()
         planes = [weight] if weight.codes.dim() == 2 else [Quantized(*plane) for plane in zip(*weight[:2])]
         self.planes = nn.ModuleList(_Plane(plane, layer.spec, self.activation is not None, name) for plane in planes)
+        sums = scaled_code_sums(flatten_planes(weight), layer.spec.bound, layer.spec.group_size, layer.spec.planes)
+        self.register_buffer("sums", sums.sum(0, keepdim=True))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bias
         if self.activation is None:
+            y = self.bias
             for plane in self.planes:
                 y = plane(x) if y is None else y + plane(x)
             return y
         _, activation = quantize_signed(x, self.activation)
-        for plane in self.planes:
-            y = add_products(y, plane(activation.codes), activation, plane.scale, plane.sums)
-        return y
+        products = [plane(activation.codes) for plane in self.planes]
+        return add_products(self.bias, products, activation, [plane.scale for plane in self.planes], self.sums)
 
 
 class OnnxEmbedding(nn.Module):

@@ -8,6 +8,8 @@ another batch cannot move a code.
 Shapes: N tokens (any leading dims flattened), O out rows, I in columns, G groups, P planes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -78,11 +80,11 @@ def linear_codes(
 ) -> Tensor:
     """Linear layer of an activation (N, I) and a weight (P * O, I), both int8 codes -> float32 (N, O).
 
-    y = bias + the sum over scale groups, and within a group over planes, of x offset * `scaled_code_sums` + code
-    products * x scale * weight scale. `sums` are the weight's `scaled_code_sums`, if they are known already.
+    y = bias + the sum over scale groups of x offset * `scaled_code_sums` + code products * x scale * weight scale.
+    `sums` are the weight's `scaled_code_sums`, if they are known already.
     """
     if x.offset is not None and sums is None:
-        sums = scaled_code_sums(weight, bound, group_size)
+        sums = scaled_code_sums(weight, bound, group_size, planes)
     y = None if bias is None else bias.float()
     groups = weight.scale.shape[1]
     for group, scale in enumerate(weight.scale.unbind(1)):
@@ -91,29 +93,43 @@ def linear_codes(
         if groups > 1:
             codes = [part[:, columns].contiguous() for part in codes]
         products = matmul_codes(*codes, bound).chunk(planes, 1)
-        parts = (None,) * planes if sums is None else sums[group : group + 1].chunk(planes, 1)
-        scales = scale.view(1, -1).chunk(planes, 1)
-        for product, plane, part in zip(products, scales, parts):
-            y = add_products(y, product, x, plane, part)
+        part = None if sums is None else sums[group : group + 1]
+        y = add_products(y, products, x, scale.view(1, -1).chunk(planes, 1), part)
     return y
 
 
-def add_products(y: Tensor | None, products: Tensor, x: Quantized, scale: Tensor, sums: Tensor | None) -> Tensor:
-    """(x offset * sums + y) + products * (x scale * weight scale): products (N, O), scale and sums (1, O) or (1, 1).
+def add_products(
+    y: Tensor | None, products: Sequence[Tensor], x: Quantized, scales: Sequence[Tensor], sums: Tensor | None
+) -> Tensor:
+    """(x offset * sums + y) + products * (x scale * weight scale): for each plane a product (N, O) and a scale (1, O)
+    or (1, 1); sums (1, O) of all planes.
 
     Operation by operation: `addcmul` rounds once or twice, as the CPU and the place in memory have it.
     """
     if x.offset is not None:
         y = x.offset * sums if y is None else x.offset * sums + y
-    products = products.mul_(x.scale * scale)
+    products = _sum_of_planes(products, scales, x.scale)
     return products if y is None else products.add_(y)
 
 
-def scaled_code_sums(weight: Quantized, bound: int, group_size: int) -> Tensor:
-    """Sum of the int8 codes (O, I) over the columns of each scale group, times its scale: float32 (G, O)."""
+def _sum_of_planes(values: Sequence[Tensor], scales: Sequence[Tensor], factor: Tensor | float = 1.0) -> Tensor:
+    """The sum over planes of value * (factor * scale).
+
+    Two planes as (a + b) * half the sum of their scales + (a - b) * half the difference: where both scales are equal,
+    as splitting makes them, that is the ternary weight's product to the bit.
+    """
+    if len(values) == 1:
+        return values[0] * (factor * scales[0])
+    (first, second), (scale, other) = values, scales
+    half_sum, half_difference = (scale + other) * 0.5, (scale - other) * 0.5
+    return (first + second) * (factor * half_sum) + (first - second) * (factor * half_difference)
+
+
+def scaled_code_sums(weight: Quantized, bound: int, group_size: int, planes: int = 1) -> Tensor:
+    """Sum of the int8 codes (P * O, I) over the columns of each scale group, times its scale: float32 (G, O)."""
     parts = [weight.codes] if weight.scale.shape[1] == 1 else weight.codes.split(group_size, 1)
     sums = [matmul_codes(part.new_ones(1, part.shape[1]), part.contiguous(), bound) for part in parts]
-    return torch.cat(sums) * weight.scale.t()
+    return _sum_of_planes(torch.cat(sums).chunk(planes, 1), weight.scale.t().chunk(planes, 1))
 
 
 def dequantize_weight(weight: Quantized, group_size: int) -> Tensor:

@@ -71,16 +71,17 @@ def expand_scale(scale: Tensor, columns: int, group_size: int) -> Tensor:
 
 
 def _group_sum(values: Tensor, granularity: str, group_size: int) -> Tensor:
-    """Sum of (O, I) over each scale group, of the shape of the scale.
+    """Sum of (O, I) over each scale group: float64, of the shape of the scale.
 
-    Rows are summed first and the few row sums in float64, so that the result does not depend on the number of threads.
+    So a mean is rounded once, and the planes of a split weight have the same scale to the bit. Rows are summed first,
+    each by one thread: the number of threads does not show.
     """
     if granularity == "per_group":
         rows, columns = values.shape
         padding = -columns % group_size
-        return torch.nn.functional.pad(values, (0, padding)).view(rows, -1, group_size).sum(-1)
-    rows = values.sum(-1, keepdim=True)
-    return rows if granularity == "per_row" else rows.double().sum().to(values.dtype).view(1, 1)
+        return torch.nn.functional.pad(values, (0, padding)).view(rows, -1, group_size).sum(-1, dtype=torch.float64)
+    rows = values.sum(-1, keepdim=True, dtype=torch.float64)
+    return rows if granularity == "per_row" else rows.sum().view(1, 1)
 
 
 def _group_amax(values: Tensor, granularity: str, group_size: int) -> Tensor:
@@ -93,16 +94,14 @@ def _group_amax(values: Tensor, granularity: str, group_size: int) -> Tensor:
     return rows if granularity == "per_row" else rows.amax().view(1, 1)
 
 
-def _group_count(weight: Tensor, granularity: str, group_size: int) -> Tensor:
-    """Number of real weights in each scale group, of the shape of the scale; a row's last group may be shorter."""
-    rows, columns = weight.shape
-    if granularity == "per_tensor":
-        return weight.new_full((1, 1), rows * columns)
-    if granularity == "per_row":
-        return weight.new_full((1, 1), columns)
-    groups = -(-columns // group_size)
-    starts = torch.arange(groups, device=weight.device) * group_size
-    return (columns - starts).clamp_max(group_size).to(weight.dtype).view(1, groups)
+def _group_mean(values: Tensor, granularity: str, group_size: int) -> Tensor:
+    """Mean of (O, I) over each scale group, rounded once; a row's last group may be shorter."""
+    rows, columns = values.shape
+    count = rows * columns if granularity == "per_tensor" else columns
+    if granularity == "per_group":
+        starts = torch.arange(0, columns, group_size, device=values.device)
+        count = (columns - starts).clamp_max(group_size)
+    return (_group_sum(values, granularity, group_size) / count).to(values.dtype)
 
 
 def ternary_codes(weight: Tensor, threshold: Tensor, group_size: int) -> Tensor:
@@ -114,12 +113,11 @@ def ternary_codes(weight: Tensor, threshold: Tensor, group_size: int) -> Tensor:
 def quantize_twn(weight: Tensor, granularity: str, group_size: int = 64) -> Quantized:
     """Ternary, approximation based: threshold 0.7 mean|w|, scale the mean |w| above it (TWN; TernaryBERT eq. 4-5)."""
     magnitude = weight.abs()
-    mean = _group_sum(magnitude, granularity, group_size) / _group_count(weight, granularity, group_size)
-    codes = ternary_codes(weight, TWN_THRESHOLD * mean, group_size)
+    codes = ternary_codes(weight, TWN_THRESHOLD * _group_mean(magnitude, granularity, group_size), group_size)
     kept = codes.to(weight.dtype)
     total = _group_sum(weight * kept, granularity, group_size)
     count = _group_sum(kept.abs_(), granularity, group_size)
-    return Quantized(codes, (total / count.clamp_min(1)).clamp_min(TINY))
+    return Quantized(codes, (total / count.clamp_min(1)).to(weight.dtype).clamp_min(TINY))
 
 
 def codes_from_lat_scale(weight: Tensor, scale: Tensor, group_size: int) -> Quantized:
@@ -152,23 +150,21 @@ def lat_scale(
         weighted = kept if curvature is None else kept * curvature
         total = _group_sum(weighted * weight, granularity, group_size)
         mass = _group_sum(weighted.abs(), granularity, group_size)
-        scale = torch.where(mass > 0, total / mass.clamp_min(TINY), scale).clamp_min(TINY)
+        scale = torch.where(mass > 0, total / mass.clamp_min(TINY), scale).to(weight.dtype).clamp_min(TINY)
     return scale
 
 
 def quantize_bwn(weight: Tensor, granularity: str, group_size: int = 64) -> Quantized:
     """Binary: sign(w), +1 for zero, times mean |w| (Rastegari et al., XNOR-Net (2016), eq. 6; BinaryBERT eq. 5)."""
-    total = _group_sum(weight.abs(), granularity, group_size)
     codes = (weight >= 0).view(torch.int8).mul(2).sub_(1)
-    return Quantized(codes, (total / _group_count(weight, granularity, group_size)).clamp_min(TINY))
+    return Quantized(codes, _group_mean(weight.abs(), granularity, group_size).clamp_min(TINY))
 
 
 def quantize_centered(weight: Tensor, granularity: str, group_size: int = 64) -> Quantized:
     """Binary: sign of w minus its group's mean, times mean |w| (BiT, Liu et al. 2022; BiBERT takes rows as groups)."""
-    count = _group_count(weight, granularity, group_size)
-    mean = expand_scale(_group_sum(weight, granularity, group_size) / count, weight.shape[1], group_size)
+    mean = expand_scale(_group_mean(weight, granularity, group_size), weight.shape[1], group_size)
     codes = (weight >= mean).view(torch.int8).mul(2).sub_(1)
-    return Quantized(codes, (_group_sum(weight.abs(), granularity, group_size) / count).clamp_min(TINY))
+    return Quantized(codes, _group_mean(weight.abs(), granularity, group_size).clamp_min(TINY))
 
 
 def quantize_symmetric(weight: Tensor, granularity: str, group_size: int, bits: int = 8) -> Quantized:

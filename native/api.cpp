@@ -138,7 +138,7 @@ void multiply(const Job& job, int thread, const Team& team) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int qb_version() { return 6; }
+int qb_version() { return 7; }
 
 int qb_best_level() { return best_level(); }
 

@@ -107,9 +107,10 @@ std::unique_ptr<Weight> make_weight(Layout layout, const uint8_t* packed, long r
     const long outputs = w.padded_rows(), bytes = packed_row_bytes(layout, columns);
     w.codes.reset(planes * w.vectors * w.vector_bytes());
     w.scale.reset(planes * groups * outputs);
-    w.sums.reset(planes * groups * outputs);
+    w.sums.reset(groups * outputs);
     w.bias.reset(outputs);
     Buffer<int8_t> codes(columns);
+    Buffer<int32_t> sums(groups * outputs);  // of the first plane
     for (long plane = 0; plane < planes; ++plane) {
         for (long row = 0; row < rows; ++row) {
             unpack_row(layout, packed + (plane * rows + row) * bytes, columns, codes.get());
@@ -118,9 +119,18 @@ std::unique_ptr<Weight> make_weight(Layout layout, const uint8_t* packed, long r
                 const long end = group + 1 == groups ? columns : (group + 1) * group_columns;
                 int32_t sum = 0;
                 for (long c = group * group_columns; c < end; ++c) sum += codes[c];
-                const long at = (plane * groups + group) * outputs + row;
-                w.scale[at] = scale[(plane * rows + row) * groups + group];
-                w.sums[at] = static_cast<float>(sum) * w.scale[at];
+                const long at = group * outputs + row;
+                const float given = scale[(plane * rows + row) * groups + group];
+                if (plane == 0) {
+                    w.scale[at] = given;
+                    w.sums[at] = static_cast<float>(sum) * given;
+                    sums[at] = sum;
+                } else {
+                    const float half = (w.scale[at] + given) * 0.5f, rest = (w.scale[at] - given) * 0.5f;
+                    w.scale[at] = half;
+                    w.scale[groups * outputs + at] = rest;
+                    w.sums[at] = static_cast<float>(sums[at] + sum) * half + static_cast<float>(sums[at] - sum) * rest;
+                }
             }
         }
     }

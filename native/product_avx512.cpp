@@ -61,7 +61,8 @@ struct Target {
     int32_t* sums;  // whole numbers if not null
     float* y;
     long stride;
-    const float *weight_scale, *weight_sums, *bias;  // bias null: y holds the terms before
+    const int32_t* first;  // whole numbers of the first of two planes, of blocks of kMostVectors vectors a row, or null
+    const float *weight_scale, *second_scale, *weight_sums, *bias;  // bias null: y holds the terms before
     const float *scale, *offset;                     // of the rows of x
     const int32_t* row_sums;                         // sums of the codes of x, `groups` apart
     long groups;
@@ -69,6 +70,10 @@ struct Target {
     bool is_signed;   // of codes of 1 or 2 bits
     int32_t columns;  // of the term where sums of signs are twice a count of equal ones, otherwise 0
 };
+
+constexpr int kMostRows = 4, kMostVectors = 6;  // of a block
+
+QB_INLINE __m512 floats(__m512i whole) { return (__m512)__builtin_convertvector((i16)whole, f16); }
 
 template <int MR, int NV>
 QB_INLINE void store_sums(const Target& t, __m512i (&sums)[MR][NV]) {
@@ -84,9 +89,18 @@ QB_INLINE void store_sums(const Target& t, __m512i (&sums)[MR][NV]) {
             float* y = t.y + r * t.stride + v * 16;
             const __m512 before = _mm512_loadu_ps(t.bias ? t.bias + v * 16 : y);
             const __m512 start = _mm512_add_ps(_mm512_mul_ps(offset, _mm512_loadu_ps(t.weight_sums + v * 16)), before);
-            const __m512 products = (__m512)__builtin_convertvector((i16)_mm512_sub_epi32(sums[r][v], correction), f16);
+            const __m512i here = _mm512_sub_epi32(sums[r][v], correction);
             const __m512 scales = _mm512_mul_ps(scale, _mm512_loadu_ps(t.weight_scale + v * 16));
-            _mm512_storeu_ps(y, _mm512_add_ps(_mm512_mul_ps(products, scales), start));
+            __m512 products;
+            if (t.first) {
+                const __m512i first = _mm512_load_si512(t.first + (r * kMostVectors + v) * 16);
+                const __m512 rest = _mm512_mul_ps(scale, _mm512_loadu_ps(t.second_scale + v * 16));
+                products = _mm512_add_ps(_mm512_mul_ps(floats(_mm512_add_epi32(first, here)), scales),
+                                         _mm512_mul_ps(floats(_mm512_sub_epi32(first, here)), rest));
+            } else {
+                products = _mm512_mul_ps(floats(here), scales);
+            }
+            _mm512_storeu_ps(y, _mm512_add_ps(products, start));
         }
     }
 }
@@ -174,17 +188,20 @@ inline Product product_of(const Weight& w, const Way& way, long rows, long vecto
     return w.bits == 8 ? kTable<8>[r][v] : kTable<2>[r][v];
 }
 
-// One term of `rows` rows whose operand has `row_bytes` a row.
+// One term of `rows` rows whose operand has `row_bytes` a row: whole numbers of one plane, or floats of all.
 QB_TARGET void term(const Weight& w, const Way& way, long plane, long group, const uint8_t* operand, long row_bytes,
                     long rows, long first, long last, Target t) {
     const long begin = group * w.group_columns;
     const long end = group + 1 == w.groups ? w.depth : begin + w.group_columns;
     const int piece = 64 * 8 / (16 * w.bits);  // columns of a 64-byte piece
-    const uint8_t* codes = w.codes.get() + plane * w.vectors * w.vector_bytes() + begin / piece * 64;
+    const long plane_bytes = w.vectors * w.vector_bytes();
+    const uint8_t* codes = w.codes.get() + plane * plane_bytes + begin / piece * 64;
     const int8_t* x = reinterpret_cast<const int8_t*>(operand) + begin / piece * way.piece_bytes;
-    const long blocks = (rows + 3) / 4, most_rows = (rows + blocks - 1) / blocks;
+    const long blocks = (rows + kMostRows - 1) / kMostRows, most_rows = (rows + blocks - 1) / blocks;
     const long most_vectors = most_rows > 2 ? way.most_vectors : way.few_vectors;
-    const long outputs = w.padded_rows(), at = (plane * w.groups + group) * outputs;
+    const long outputs = w.padded_rows(), at = group * outputs;
+    const bool two = !t.sums && w.planes == 2;
+    alignas(64) int32_t first_sums[kMostRows * kMostVectors * kLanes];
     Block block{nullptr, w.vector_bytes(), nullptr, row_bytes, (end - begin + piece - 1) / piece, nullptr};
     for (long vector = first; vector < last; vector += most_vectors) {
         const long vectors = last - vector < most_vectors ? last - vector : most_vectors, output = vector * kLanes;
@@ -193,17 +210,28 @@ QB_TARGET void term(const Weight& w, const Way& way, long plane, long group, con
         here.sums = t.sums ? t.sums + output : nullptr;
         here.y = t.y ? t.y + output : nullptr;
         here.weight_scale = w.scale.get() + at + output;
+        here.second_scale = here.weight_scale + w.groups * outputs;
         here.weight_sums = w.sums.get() + at + output;
-        here.bias = plane + group == 0 ? w.bias.get() + output : nullptr;
+        here.bias = group == 0 ? w.bias.get() + output : nullptr;
         here.row_sums = t.row_sums + group;
         if (way.kind == Way::kCounts && way.parts == 0)
             here.columns = static_cast<int32_t>((group + 1 == w.groups ? w.columns : end) - begin);
         block.codes = codes + vector * w.vector_bytes();
-        block.next = block.codes + vectors * w.vector_bytes();
+        block.next = two ? block.codes + plane_bytes : block.codes + vectors * w.vector_bytes();
         block.x = x;
         for (long row = 0; row < rows; row += most_rows) {
             const long count = rows - row < most_rows ? rows - row : most_rows;
-            (count == most_rows ? full : product_of(w, way, count, vectors))(block, here);
+            const Product product = count == most_rows ? full : product_of(w, way, count, vectors);
+            if (two) {
+                Target whole = here;
+                whole.sums = first_sums, whole.stride = kMostVectors * kLanes;
+                product(block, whole);
+                here.first = first_sums;
+                block.codes += plane_bytes;
+                block.next = row == 0 ? block.codes - plane_bytes + vectors * w.vector_bytes() : block.codes;
+            }
+            product(block, here);
+            if (two) block.codes -= plane_bytes;
             block.next = block.codes;
             block.x += count * row_bytes;
             if (t.sums) here.sums += count * t.stride;
@@ -262,8 +290,7 @@ QB_TARGET void linear_avx512(const Weight& w, const Codes& x, long rows, long fi
         t.y = y + row * stride, t.stride = stride;
         t.scale += row, t.offset += row, t.row_sums += row * w.groups;
         for (long group = 0; group < w.groups; ++group)
-            for (long plane = 0; plane < w.planes; ++plane)
-                term(w, way, plane, group, operand, row_bytes, count, first, last, t);
+            term(w, way, 0, group, operand, row_bytes, count, first, last, t);
     }
 }
 

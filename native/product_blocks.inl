@@ -3,14 +3,24 @@
 
 constexpr int kRows = 4;
 
-QB_INLINE void store_block(const Weight& w, long at, long output, const Codes& x, long row, long group, bool first,
-                           const int32_t* sums, float* y) {
+QB_INLINE f16 floats(i16 sums) { return __builtin_convertvector(sums, f16); }
+
+// One vector of one row: `second` are the sums of a second plane, or null.
+QB_INLINE void store_block(const Weight& w, long output, const Codes& x, long row, long group, const int32_t* first,
+                           const int32_t* second, float* y) {
     const int32_t correction = w.zero * x.sums[row * x.groups + group];
-    const f16 before = load16(first ? w.bias.get() + output : y);
-    const f16 start = splat(x.offset[row]) * load16(w.sums.get() + at + output) + before;
-    const f16 products = __builtin_convertvector(*reinterpret_cast<const i16*>(sums) - correction, f16);
-    const f16 scales = splat(x.scale[row]) * load16(w.scale.get() + at + output);
-    store16(y, products * scales + start);
+    const long at = group * w.padded_rows() + output;
+    const f16 before = load16(group ? y : w.bias.get() + output);
+    const f16 start = splat(x.offset[row]) * load16(w.sums.get() + at) + before;
+    const f16 scale = splat(x.scale[row]) * load16(w.scale.get() + at);
+    const i16 a = *reinterpret_cast<const i16*>(first) - correction;
+    f16 products = floats(a) * scale;
+    if (second) {
+        const i16 b = *reinterpret_cast<const i16*>(second) - correction;
+        const f16 rest = splat(x.scale[row]) * load16(w.scale.get() + w.groups * w.padded_rows() + at);
+        products = floats(a + b) * scale + floats(a - b) * rest;
+    }
+    store16(y, products + start);
 }
 
 template <int BITS, bool SIGNED>
@@ -23,31 +33,34 @@ QB_INLINE void block(const uint8_t* codes, const uint8_t* x, long depth, long pi
     }
 }
 
-// Either whole numbers into `out` (N, padded rows), or floats into y (N, stride).
+// Either whole numbers of the planes from `plane` on into `out` (N, padded rows), or floats into y (N, stride).
 template <int BITS>
 QB_INLINE void term(const Weight& w, long plane, long group, const Codes& x, long rows, long first, long last,
                     int32_t* out, float* y, long stride) {
     const long begin = group * w.group_columns, end = group + 1 == w.groups ? w.depth : begin + w.group_columns;
     const int piece = 64 * 8 / (16 * BITS);
-    const uint8_t* codes = w.codes.get() + plane * w.vectors * w.vector_bytes() + begin / piece * 64;
+    const long planes = out ? 1 : w.planes, plane_bytes = w.vectors * w.vector_bytes();
+    const uint8_t* codes = w.codes.get() + plane * plane_bytes + begin / piece * 64;
     for (long vector = first; vector < last; ++vector) {
         for (long row = 0; row < rows; row += kRows) {
             const int count = static_cast<int>(rows - row < kRows ? rows - row : kRows);
-            alignas(64) int32_t sums[kRows * kLanes];
-            block<BITS, false>(codes + vector * w.vector_bytes(),
-                               reinterpret_cast<const uint8_t*>(x.codes) + row * w.depth + begin, w.depth,
-                               (end - begin + piece - 1) / piece, count, sums);
-            if (BITS == 1)
-                for (int i = 0; i < count * kLanes; ++i) sums[i] *= 2;
+            alignas(64) int32_t sums[2][kRows * kLanes];
+            for (long p = 0; p < planes; ++p) {
+                block<BITS, false>(codes + p * plane_bytes + vector * w.vector_bytes(),
+                                   reinterpret_cast<const uint8_t*>(x.codes) + row * w.depth + begin, w.depth,
+                                   (end - begin + piece - 1) / piece, count, sums[p]);
+                if (BITS == 1)
+                    for (int i = 0; i < count * kLanes; ++i) sums[p][i] *= 2;
+            }
             const long output = vector * kLanes;
             for (int r = 0; r < count; ++r) {
                 if (out) {
                     const int32_t correction = w.zero * x.sums[(row + r) * x.groups + group];
                     for (int lane = 0; lane < kLanes; ++lane)
-                        out[(row + r) * w.padded_rows() + output + lane] = sums[r * kLanes + lane] - correction;
+                        out[(row + r) * w.padded_rows() + output + lane] = sums[0][r * kLanes + lane] - correction;
                 } else {
-                    store_block(w, (plane * w.groups + group) * w.padded_rows(), output, x, row + r, group,
-                                plane + group == 0, sums + r * kLanes, y + (row + r) * stride + output);
+                    store_block(w, output, x, row + r, group, sums[0] + r * kLanes,
+                                planes > 1 ? sums[1] + r * kLanes : nullptr, y + (row + r) * stride + output);
                 }
             }
         }
@@ -68,9 +81,7 @@ QB_TARGET void sums_blocks(const Weight& w, long plane, long group, const Codes&
 }
 
 QB_TARGET void linear_blocks(const Weight& w, const Codes& x, long rows, long first, long last, float* y, long stride) {
-    for (long group = 0; group < w.groups; ++group)
-        for (long plane = 0; plane < w.planes; ++plane)
-            term_of(w, plane, group, x, rows, first, last, nullptr, y, stride);
+    for (long group = 0; group < w.groups; ++group) term_of(w, 0, group, x, rows, first, last, nullptr, y, stride);
 }
 
 // out (rows, stride) = x (rows, quads * 4) times a panel of bytes; one of the two factors is unsigned.

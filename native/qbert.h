@@ -2,7 +2,7 @@
 // D head size, C hidden size.
 //
 // A vector is 16 output rows: one 512-bit register of int32 sums. A quad is 4 consecutive columns: what one byte dot
-// product adds. A term is one (plane, group): the columns over which sums stay whole numbers before a scale applies.
+// product adds. A term is one group: the columns over which sums stay whole numbers before scales apply.
 #pragma once
 
 #include <cstddef>
@@ -64,13 +64,12 @@ struct Weight {
     long depth = 0;          // columns rounded up to 16, of which activation rows hold that many bytes
     long vectors = 0;        // O / 16 rounded up
     Buffer<uint8_t> codes;   // (P, vectors, depth * bits / 8 * 16): see packing.cpp
-    Buffer<float> scale;     // (P, G, vectors * 16)
-    Buffer<float> sums;      // (P, G, vectors * 16): sum of codes times scale, ops.scaled_code_sums
+    Buffer<float> scale;     // (P, G, vectors * 16); of two planes half the sum of their scales, then half the difference
+    Buffer<float> sums;      // (G, vectors * 16): sum of codes times scale, ops.scaled_code_sums
     Buffer<float> bias;      // (vectors * 16)
 
     long padded_rows() const { return vectors * kLanes; }
     long vector_bytes() const { return depth * bits * 2; }
-    long terms() const { return planes * groups; }
 };
 
 struct Range {
@@ -144,9 +143,10 @@ struct Head {
 struct Kernels {
     // Bytes in which a product with such codes keeps the form of x that it multiplies.
     long (*operand)(const Weight&, const Alphabet&);
-    // out (N, padded rows): exact sums of the codes of one term.
+    // out (N, padded rows): exact sums of the codes of one plane and group.
     void (*sums)(const Weight&, long plane, long group, const Codes& x, long rows, int32_t* out);
-    // y (N, stride) = bias + the sum over terms of offset * sums + products * (scale * scale), of vectors [first, last).
+    // y (N, stride), of vectors [first, last) = bias + the sum over terms of offset * sums + products * (scale * scale), of
+    // two planes (a + b) * (scale * scale) + (a - b) * (scale * second scale): ops.add_products.
     void (*linear)(const Weight&, const Codes& x, long rows, long first, long last, float* y, long stride);
     void (*quantize)(const float* x, long n, Range range, const Activation&, long group_columns, const Codes& out, long row);
     Range (*range)(const float* x, long n);

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from modeling_qbert import quantize_twn
+from modeling_qbert.quantizers import TINY
 
 
 def split_ternary(
@@ -19,19 +20,20 @@ def split_ternary(
         w1 = a w on I,       w + b on J,    b on K
         w2 = (1 - a) w on I,    -b on J,    w - b on K
         a = (sum_I |w| - sum_J |w| + sum_K |w|) / (2 sum_I |w|)
-        b = (n / |I| sum_I |w| - sum |w|) / (2 (|J| + |K|))
+        b = (n alpha - sum |w|) / (2 (|J| + |K|))
 
     so that w1 + w2 = w, and both have the mean magnitude alpha / 2, alpha being TWN's scale: with BWN's codes,
-    alpha / 2 (sign w1 + sign w2) is the ternary weight. (BinaryBERT section 3.2. The sign of J and K in `a` follows
-    from equal means; printed with the signs exchanged the means differ by 1.6 % on Gaussian weights.)
+    alpha / 2 (sign w1 + sign w2) is the ternary weight, to the bit, and so is every product with it. (BinaryBERT
+    section 3.2. The sign of J and K in `a` follows from equal means; printed with the signs exchanged the means differ
+    by 1.6 % on Gaussian weights.)
 
     Args:
         weight: latent weight (O, I).
         granularity: what shares one scale, a and b: the matrix or each row.
 
     Returns:
-        (w1, w2), each (O, I) of the type of `weight`; computed in float64. A group of zeros splits into zeros, whose
-        binary scale is 0 as well.
+        (w1, w2), each (O, I) of the type of `weight`; computed in float64. A group of zeros splits into the smallest
+        scale and its negative, which add up to zeros.
 
     Raises:
         ValueError: `weight` is no finite matrix, or has a granularity that splitting does not know.
@@ -40,8 +42,8 @@ def split_ternary(
         raise ValueError(f"weight must be a finite float matrix (O, I), found {weight.dtype} {list(weight.shape)}")
     if granularity not in ("per_tensor", "per_row"):
         raise ValueError(f"granularity must be 'per_tensor' or 'per_row', found {granularity!r}")
-    codes = quantize_twn(weight, granularity).codes.double()
-    w = weight.double()
+    codes, alpha, _ = quantize_twn(weight, granularity)
+    w, alpha = weight.double(), alpha.double()
     magnitude = w.abs()
 
     def total(values: Tensor) -> Tensor:
@@ -52,9 +54,9 @@ def split_ternary(
     kept_sum, kept_count = total(magnitude * kept), total(kept.double())
     count = total(torch.ones_like(w))
     a = (kept_sum - total(magnitude * up) + total(magnitude * down)) / (2 * kept_sum)
-    b = (count / kept_count * kept_sum - total(magnitude)) / (2 * (count - kept_count).clamp_min(1))
+    b = (count * alpha - total(magnitude)) / (2 * (count - kept_count).clamp_min(1))
     empty = kept_count == 0  # TWN keeps nothing of a group of zeros
-    a, b = a.masked_fill(empty, 0.5), b.masked_fill(empty, 0.0)
+    a, b = a.masked_fill(empty, 0.5), b.masked_fill(empty, TINY)
     first = torch.where(kept, a * w, torch.where(up, w + b, b))
     second = torch.where(kept, (1 - a) * w, torch.where(down, w - b, -b))
     return first.to(weight.dtype), second.to(weight.dtype)
