@@ -55,13 +55,31 @@ def _binary(**fields: Any) -> Callable[[dict[str, int]], PreTrainedModel]:
     return lambda sizes: BinaryBertForSequenceClassification(BinaryBertConfig(**sizes, **fields, num_labels=LABELS))
 
 
+def _split(bits: str, **fields: Any) -> Callable[[dict[str, int]], PreTrainedModel]:
+    """BinaryBERT's network: half the heads and half the neurons, each weight in two planes."""
+
+    def half(sizes: dict[str, int]) -> PreTrainedModel:
+        whole = BinaryBertConfig(**sizes)
+        heads = whole.num_attention_heads
+        narrow = {
+            "num_attention_heads": heads // 2,
+            "head_dim": whole.hidden_size // heads,
+            "intermediate_size": whole.intermediate_size // 2,
+        }
+        return _binary(bits=bits, planes=2, **fields)({**sizes, **narrow})
+
+    return half
+
+
 # Our settings: bits of weights and activations -> latent network of random weights.
 OURS: dict[str, Callable[[dict[str, int]], PreTrainedModel]] = {
     "W8A8": _ternary("8-8-8"),
     "W2A8": _ternary("2-2-8"),
     "W1A8": _binary(bits="1-1-8"),
     "W1A8 two planes": _binary(bits="1-1-8", planes=2),
+    "W1A8 split": _split("1-1-8"),
     "W1A4": _binary(bits="1-1-4", activation_quantizer="lsq"),
+    "W1A4 split": _split("1-1-4", activation_quantizer="lsq"),
     "W1A1": _binary(bits="1-1-1", activation_quantizer="lsq"),
 }
 SHARED_WEIGHTS = "W2A8"  # rivals get this network's weights, dequantized
