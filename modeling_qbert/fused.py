@@ -393,17 +393,18 @@ def _embedding_tables(model: nn.Module) -> "EmbeddingTables | None":
     """What the engine looks tokens up in; None where the torch modules do it."""
     embeddings = model.embeddings
     words, tables = embeddings.word_embeddings, (embeddings.token_type_embeddings, embeddings.position_embeddings)
-    if type(words) is not PackedEmbedding or words.spec.planes > 1 or hasattr(model, "embeddings_project"):
+    if type(words) is not PackedEmbedding or hasattr(model, "embeddings_project"):
         return None
     if any(type(table) is not nn.Embedding or table.weight.dtype != torch.float32 for table in tables):
         return None
     _expect(words, PackedEmbedding)
     if not supports(words.packing):
         return None
+    planes = words.spec.planes
     return EmbeddingTables(
-        words.weight,
+        words.weight.view(planes, words.num_embeddings, -1),
         words.packing,
-        words.weight_scale.float(),
+        words.weight_scale.float().view(planes, -1, words.weight_scale.shape[-1]),
         words.spec.group_size,
         *[table.weight.detach() for table in tables],
         _norm(embeddings.LayerNorm),

@@ -24,7 +24,7 @@ from .packing import packed_columns as row_bytes
 from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
 
 
-VERSION = 7  # of the C interface
+VERSION = 8  # of the C interface
 LEVELS = ("scalar", "avx2", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
@@ -362,7 +362,7 @@ class LayerWeights(NamedTuple):
 
 
 class EmbeddingTables(NamedTuple):
-    """Packed word embedding uint8 (V, bytes), scale (1 or V, G), float types and positions, LayerNorm.
+    """Packed word embedding uint8 (P, V, bytes), scale (P, 1 or V, G), float types and positions, LayerNorm.
 
     `padding` is the id that positions do not count, -1 if they count every token from 0.
     """
@@ -424,15 +424,16 @@ class NativeEncoder:
         self.tables = embedding  # the engine reads their memory
         if embedding is not None:
             tables = (embedding.types, embedding.positions)
-            rows, groups = embedding.words.shape[0], embedding.scale.shape[1]
+            planes, rows, _ = embedding.words.shape
+            _, scale_rows, groups = embedding.scale.shape
             group_size = embedding.group_size if groups > 1 else hidden
-            sizes = (rows, embedding.scale.shape[0], groups, group_size, *(table.shape[0] for table in tables))
+            sizes = (rows, scale_rows, groups, group_size, *(table.shape[0] for table in tables), planes)
             _check(
                 _library.qb_encoder_embedding(
                     self.handle,
                     LAYOUTS[embedding.layout],
-                    _address(embedding.words, torch.uint8, (rows, row_bytes(hidden, embedding.layout))),
-                    _address(embedding.scale, torch.float32),
+                    _address(embedding.words, torch.uint8, (planes, rows, row_bytes(hidden, embedding.layout))),
+                    _address(embedding.scale, torch.float32, (planes, scale_rows, groups)),
                     (c_int64 * len(sizes))(*sizes),
                     *[_address(table, torch.float32, (table.shape[0], hidden)) for table in tables],
                     *[_address(part, torch.float32, (hidden,)) for part in embedding.norm],

@@ -138,7 +138,7 @@ void multiply(const Job& job, int thread, const Team& team) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int qb_version() { return 7; }
+int qb_version() { return 8; }
 
 int qb_best_level() { return best_level(); }
 
@@ -350,7 +350,7 @@ int qb_encoder_ghosts(void* encoder, int64_t index, int after, int64_t features,
 }
 
 // The tables stay the caller's and must outlive the encoder. sizes: V, rows of scale, G, columns of a group, rows of
-// types and of positions.
+// types and of positions, P.
 int qb_encoder_embedding(void* encoder, int layout, const uint8_t* words, const float* scale, const int64_t* sizes,
                          const float* types, const float* positions, const float* weight, const float* bias,
                          float epsilon) try {
@@ -360,6 +360,7 @@ int qb_encoder_embedding(void* encoder, int layout, const uint8_t* words, const 
     embedding->words = words, embedding->scale = scale, embedding->types = types, embedding->positions = positions;
     embedding->rows = sizes[0], embedding->scale_rows = sizes[1], embedding->groups = sizes[2];
     embedding->group_columns = sizes[3], embedding->type_rows = sizes[4], embedding->position_rows = sizes[5];
+    embedding->planes = sizes[6];
     set_norm(embedding->norm, weight, bias, epsilon, e.hidden);
     e.embedding = std::move(embedding);
     return kDone;

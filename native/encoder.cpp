@@ -188,15 +188,21 @@ class Worker {
         } else {
             const Embedding& e = *encoder_.embedding;
             const long word = batch.words[place];
-            unpack_row(e.layout, e.words + word * packed_row_bytes(e.layout, hidden), hidden, own_.word.get());
-            const float* scale = e.scale + (e.scale_rows == 1 ? 0 : word * e.groups);
+            const long bytes = packed_row_bytes(e.layout, hidden);
             const float* type = e.types + (batch.types ? batch.types[place] : 0) * hidden;
             const float* position = e.positions + wave_.positions[row] * hidden;
-            for (long group = 0; group < e.groups; ++group) {
-                const long end = group + 1 == e.groups ? hidden : (group + 1) * e.group_columns;
-                for (long c = group * e.group_columns; c < end; ++c)
-                    x(row)[c] = static_cast<float>(own_.word[c]) * scale[group] + type[c] + position[c];
+            for (long plane = 0; plane < e.planes; ++plane) {
+                unpack_row(e.layout, e.words + (plane * e.rows + word) * bytes, hidden, own_.word.get());
+                const float* scale = e.scale + (plane * e.scale_rows + (e.scale_rows == 1 ? 0 : word)) * e.groups;
+                for (long group = 0; group < e.groups; ++group) {
+                    const long end = group + 1 == e.groups ? hidden : (group + 1) * e.group_columns;
+                    for (long c = group * e.group_columns; c < end; ++c) {
+                        const float value = static_cast<float>(own_.word[c]) * scale[group];
+                        x(row)[c] = plane ? x(row)[c] + value : value;
+                    }
+                }
             }
+            for (long c = 0; c < hidden; ++c) x(row)[c] = x(row)[c] + type[c] + position[c];
             range = run_.layer_norm(e.norm, nullptr, x(row), hidden);
         }
         if (!encoder_.layers.empty()) {

@@ -22,10 +22,10 @@ struct Layer {
 // Packed word embedding in the checkpoint's layout, read where the caller keeps it; so are the float tables.
 struct Embedding {
     Layout layout = kTwoBit;
-    const uint8_t* words = nullptr;  // (V, bytes)
-    const float* scale = nullptr;    // (1 or V, G)
+    const uint8_t* words = nullptr;  // (P, V, bytes)
+    const float* scale = nullptr;    // (P, 1 or V, G)
     const float *types = nullptr, *positions = nullptr;
-    long scale_rows = 1, groups = 1, group_columns = 0;
+    long planes = 1, scale_rows = 1, groups = 1, group_columns = 0;
     long rows = 0, type_rows = 0, position_rows = 0;
     LayerNorm norm;
 };

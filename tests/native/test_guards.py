@@ -103,6 +103,7 @@ MODELS = [
     ("bert", "ternary", {}),
     ("roberta", "binary", {"bits": "1-1-4", "activation_quantizer": "lsq"}),
     ("bert", "binary", {"bits": "1-1-1", "activation_quantizer": "lsq"}),
+    ("bert", "binary", {"bits": "1-1-8", "planes": 2}),
     ("bert", "ternary", {"bits": "8-8-8", "embedding_granularity": "per_group", "group_size": 16}),
     ("roberta", "ghost", {"bits": "2-2-8", "ghost_features": 2}),
     ("electra", "ghost", {"bits": "1-1-8", "ghost_features": 1, "ghost_kernel_size": 5}),
@@ -131,4 +132,5 @@ def test_encoder(level, fence, backbone, family, fields):  # noqa: ARG001
             engine = model._fused_engine
             assert engine.encoder is not None and torch.equal(found, expected)
             if engine.encoder.tables is not None:
-                assert engine.encoder.tables.words is model.embeddings.word_embeddings.weight  # read in place
+                words = model.embeddings.word_embeddings.weight
+                assert engine.encoder.tables.words.data_ptr() == words.data_ptr()  # read in place
