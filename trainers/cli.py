@@ -113,8 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--update", metavar="FILE.md", help="render this text's tables again, where they stand")
     table.add_argument("--figure", help="also draw the scores into this PNG")
     table.add_argument("--size-figure", help="also draw mean score against file size into this PNG")
+    table.add_argument("--distance-figure", help="also draw distance to the teacher against file size into this PNG")
     table.add_argument("--work-figure", help="also draw mean score against multiply-adds into this PNG")
-    table.add_argument("--tasks", nargs="+", metavar="TASK", help="of these two (default: those of every variant)")
+    table.add_argument("--tasks", nargs="+", metavar="TASK", help="of these three (default: those of every variant)")
     return parser
 
 
@@ -370,7 +371,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _table(arguments: argparse.Namespace) -> None:
     from .figures import plot_results, plot_sizes
     from .results import load_results, write_atomic
-    from .tables import render_metrics, render_table, update_tables
+    from .tables import render_distances, render_metrics, render_table, update_tables
 
     if arguments.update:
         path = Path(arguments.update)
@@ -380,10 +381,14 @@ def _table(arguments: argparse.Namespace) -> None:
     print(render_table(results))
     if metrics := render_metrics(results):
         print(metrics)
+    if any("teacher_distance" in run["packed"] for run in results):
+        print(f"Mean squared difference from the teacher's logits:\n\n{render_distances(results)}")
     if arguments.figure:
         plot_results(results, arguments.figure)
     if arguments.size_figure:
         plot_sizes(results, arguments.size_figure, tasks=arguments.tasks)
+    if arguments.distance_figure:
+        plot_sizes(results, arguments.distance_figure, tasks=arguments.tasks, distances=True)
     if arguments.work_figure:
         plot_sizes(results, arguments.work_figure, "multiply_adds", arguments.tasks)
 

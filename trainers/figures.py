@@ -78,6 +78,12 @@ def plot_results(results: Sequence[Mapping[str, Any]], path: str | Path) -> None
     _save_figure(draw, (max(4.0, width), 3.8 * math.ceil(len(grid.tasks) / columns)), path)
 
 
+def _distance(run: Mapping[str, Any]) -> float:
+    if "teacher_distance" not in run["packed"]:
+        raise ValueError(f"{run['run']}: its results lack the field 'packed.teacher_distance', run it again")
+    return run["packed"]["teacher_distance"]
+
+
 def _megabytes(run: Mapping[str, Any]) -> float:
     return run["packed"]["bytes"] / 1e6
 
@@ -125,19 +131,20 @@ def plot_sizes(
     path: str | Path,
     axis_name: str = "bytes",
     tasks: Sequence[str] | None = None,
+    distances: bool = False,
 ) -> None:
     """Writes a PNG of score against size: per variant the main metric x 100, mean over the tasks, and the MB of the
     packed file or, with `axis_name` "multiply_adds", the encoder's work.
 
     All means are of the same tasks: those that every variant has, or `tasks`, without the variants that lack one of
     them. The figure says which. Markers tell families apart. Variants named alike but for a number at the end
-    ("ghost-0.25", "ghost-0.5") are joined by a line. The teacher's work is not in the results: its score is a dotted
-    line.
+    ("ghost-0.25", "gain-3.4mb") are joined by a line. The teacher's work is not in the results: its score is a dotted
+    line. With `distances` the mean squared difference from the teacher's logits stands in the place of the score.
 
     Raises:
         ValueError: no task is common to all variants, or none has all of `tasks`.
     """
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     grid = Grid(results)
     label, size_of = SIZE_AXES[axis_name]
@@ -146,7 +153,8 @@ def plot_sizes(
     def draw(figure: Any) -> None:
         axis = figure.subplots()
         points = []  # (name, size, score, colour, marker)
-        teachers = {model for task in tasks for model in grid.teachers(task)}
+        teachers = set() if distances else {model for task in tasks for model in grid.teachers(task)}
+        measure = _distance if distances else lambda run: main_score(run, "packed")
         for model in sorted(teachers):
             if not all(model in grid.teachers(task) for task in tasks):
                 continue
@@ -162,9 +170,9 @@ def plot_sizes(
         families = set()
         for variant in variants:
             cells = [grid.cells[task, variant] for task in tasks]
-            score = statistics.mean(statistics.mean(main_score(run, "packed") for run in cell) for cell in cells)
+            score = statistics.mean(statistics.mean(map(measure, cell)) for cell in cells)
             size = statistics.mean(size_of(run) for cell in cells for run in cell)
-            name = re.sub(r"-[\d.]+$", "", variant)
+            name = re.sub(r"-[\d.]+(mb)?$", "", variant)
             series.setdefault(name, []).append((size, score))
             family = cells[0][0]["recipe"].get("family", "ternary")
             families.add(family)
@@ -178,10 +186,12 @@ def plot_sizes(
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.25, y=0.15)
         _label_points(axis, points, figure.get_size_inches())
         axis.set_xlabel(label)
-        axis.set_ylabel(f"mean of {', '.join(map(task_label, tasks))}, x 100")
+        names = ", ".join(map(task_label, tasks))
+        axis.set_ylabel(f"{names}: squared distance to the teacher" if distances else f"mean of {names}, x 100")
         axis.grid(alpha=0.3)
         if len(families) > 1:
             for family in sorted(families):

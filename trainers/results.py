@@ -64,6 +64,7 @@ _SCHEMA: dict[str, Any] = {
 
 
 FIELDS = ("schema", *_SCHEMA)
+OPTIONAL_FIELDS = ("ghost_parameters", "multiply_adds")  # that older runs lack
 
 
 def _check(value: Any, spec: Any, field: str, source: str) -> None:

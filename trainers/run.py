@@ -31,6 +31,7 @@ from .initialization import (
     resolve_model,
     student_config,
 )
+from .metrics import mean_squared_difference
 from .pruning import WidthAdaptiveTrainer, labelled_batches
 from .recipe import DataSpec, Recipe, Stage
 from .results import RESULTS_NAME, environment, read_results, write_atomic, write_results
@@ -135,7 +136,7 @@ class _Run:
             student = student.pack(self.recipe.packing)
         student.save_pretrained(packed_folder)
         self.tokenizer.save_pretrained(packed_folder)
-        return self._finish(stages, student, metrics, logits, packed_folder)
+        return self._finish(stages, student, metrics, logits, packed_folder, teacher)
 
     def _backbone(self, teachers: Path) -> str:
         """Where the teacher starts; in another architecture a checkpoint beside the teachers, shared between runs."""
@@ -286,6 +287,7 @@ class _Run:
         metrics: dict[str, float],
         logits: dict[str, np.ndarray],
         packed_folder: Path,
+        teacher: PreTrainedModel,
     ) -> dict:
         recipe = self.recipe
         weights = packed_folder / "model.safetensors"
@@ -293,6 +295,7 @@ class _Run:
         difference = max(float(np.abs(packed_logits[split] - logits[split]).max()) for split in logits)
         if difference > 1e-4:
             raise RuntimeError(f"{weights}: packed logits differ from the fake-quant student's by {difference:.2e}")
+        teacher_logits = self._evaluate(teacher)[1][self.split]
         architecture, teacher_name = recipe.teacher.architecture, recipe.portable()["teacher"]["model"]
         teacher_weights = Path(self.teacher_path) / "model.safetensors"
         results = {
@@ -319,6 +322,7 @@ class _Run:
                 "bytes": weights.stat().st_size,
                 "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
                 "max_logit_difference": difference,
+                "teacher_distance": mean_squared_difference(packed_logits[self.split], teacher_logits),
             },
             "data": self.identity,
             "stages": stages,

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from modeling_qbert import quantize_twn
-from modeling_qbert.quantizers import TINY
 
 
 def split_ternary(
@@ -56,7 +55,7 @@ def split_ternary(
     a = (kept_sum - total(magnitude * up) + total(magnitude * down)) / (2 * kept_sum)
     b = (count * alpha - total(magnitude)) / (2 * (count - kept_count).clamp_min(1))
     empty = kept_count == 0  # TWN keeps nothing of a group of zeros
-    a, b = a.masked_fill(empty, 0.5), b.masked_fill(empty, TINY)
+    a, b = a.masked_fill(empty, 0.5), torch.where(empty, alpha, b)
     first = torch.where(kept, a * w, torch.where(up, w + b, b))
     second = torch.where(kept, (1 - a) * w, torch.where(down, w - b, -b))
     return first.to(weight.dtype), second.to(weight.dtype)

@@ -42,7 +42,7 @@ from typing import Any
 import yaml
 
 from .recipe import FOLDER_NAME, Recipe
-from .results import FIELDS, RESULTS_NAME, read_results, validate_results, write_results
+from .results import FIELDS, OPTIONAL_FIELDS, RESULTS_NAME, read_results, validate_results, write_results
 from .tables import main_score, metric_label
 from .typed import UniqueKeyLoader, build_dataclass
 
@@ -481,8 +481,8 @@ def collect(output: str | Path, results: str | Path) -> list[Path]:
 
     Args:
         output: the sweep's own folder, `<output>/<sweep>` of `run_sweep`.
-        results: folder that gets `<sweep>/<run>.json`, each with the schema's fields only. `run_sweep(results=...)`
-            on another machine continues from these files alone.
+        results: folder that gets `<sweep>/<run>.json`, each with the fields of `trainers.results` only.
+            `run_sweep(results=...)` on another machine continues from these files alone.
 
     Returns:
         The files written. A run that is there already is left as it is: its numbers may have been published.
@@ -503,6 +503,6 @@ def collect(output: str | Path, results: str | Path) -> list[Path]:
             run = Run(content["run"], Recipe.from_dict(content["recipe"]), Path(content["run"]))
             _check_recipe(run, read_results(target), target)
             continue
-        write_results(target, {key: content[key] for key in FIELDS})
+        write_results(target, {key: content[key] for key in (*FIELDS, *OPTIONAL_FIELDS) if key in content})
         written.append(target)
     return written

@@ -121,9 +121,9 @@ class Grid:
         return scores
 
 
-def _cell(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread} (seeds {len(values)})"
+def _cell(values: Sequence[float], digits: int = 2) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread} (seeds {len(values)})"
 
 
 def _drop_cell(cell: Sequence[Mapping[str, Any]]) -> str:
@@ -175,6 +175,24 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> str:
         )
         lines.append(_row([f"{title}: drop", *(_drop_cell(cell) if cell else "–" for cell in cells)]))
     return "\n".join([*lines, "", *(f"- {note}" for note in _notes(grid))]) + "\n"
+
+
+def render_distances(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown table of how far packed models are from their fine-tuned teachers: the mean squared difference of their
+    logits on the evaluated split, mean ± sample standard deviation over the seeds. Runs without it are left out.
+
+    Raises:
+        ValueError: no run has it.
+    """
+    grid = Grid([run for run in results if "teacher_distance" in run["packed"]])
+    lines = [_row(["", *(escape_markdown(task_label(task)) for task in grid.tasks)])]
+    lines.append(_row(["---"] * (len(grid.tasks) + 1)))
+    for variant in grid.variants:
+        cells = [grid.cells.get((task, variant), []) for task in grid.tasks]
+        distances = ([run["packed"]["teacher_distance"] for run in cell] for cell in cells)
+        texts = (_cell(values, 4) if values else "–" for values in distances)
+        lines.append(_row([escape_markdown(variant), *texts]))
+    return "\n".join(lines) + "\n"
 
 
 def glue_averages(scores: Mapping[tuple[str, str], float]) -> tuple[float, float]:
@@ -246,12 +264,14 @@ def render_zoo(folder: str | Path) -> str:
     return "\n".join(map(_row, lines)) + "\n"
 
 
-_BLOCK = re.compile(r"(<!-- qbert (table|zoo) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- qbert (table|distances|zoo) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_RENDER = {"table": render_table, "distances": render_distances}
 
 
 def update_tables(text: str, root: str | Path) -> str:
     """`text` with every block `<!-- qbert table FOLDER -->` ... `<!-- end -->` rendered again from the results in that
-    folder, relative to `root`, and `<!-- qbert zoo FOLDER -->` from its checkpoints.
+    folder, relative to `root`, `<!-- qbert distances FOLDER -->` as well, and `<!-- qbert zoo FOLDER -->` from its
+    checkpoints.
 
     Raises:
         ValueError: the text has no such block, or a folder no results.
@@ -261,9 +281,8 @@ def update_tables(text: str, root: str | Path) -> str:
 
     def render(block: re.Match) -> str:
         folder = Path(root) / block[3]
-        return (
-            block[1] + (render_zoo(folder) if block[2] == "zoo" else render_table(load_results([folder]))) + block[4]
-        )
+        text = render_zoo(folder) if block[2] == "zoo" else _RENDER[block[2]](load_results([folder]))
+        return block[1] + text + block[4]
 
     return _BLOCK.sub(render, text)
 

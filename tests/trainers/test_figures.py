@@ -136,6 +136,15 @@ def test_work_is_drawn_and_widths_are_joined(monkeypatch):
     assert [note.get_text() for note in axis.texts] == ["pruned-0.25", "ghost-0.25", "pruned-0.5", "ghost-0.5"]
     lines = [line.get_xydata().flatten().tolist() for line in axis.lines if line.get_linestyle() == "-"]
     assert lines == [pytest.approx([27, 80, 52, 86]), pytest.approx([25, 70, 50, 85])]
+    for run, distance in zip(runs, (0.4, 0.2, 0.5, 0.3)):
+        run["packed"] = {**run["packed"], "teacher_distance": distance}
+    figure.clear()
+    plot_sizes(runs, "unused.png", "multiply_adds", distances=True)
+    (axis,) = figure.axes
+    lines = [line.get_xydata().flatten().tolist() for line in axis.lines if line.get_linestyle() == "-"]
+    assert lines == [pytest.approx([27, 0.4, 52, 0.2]), pytest.approx([25, 0.5, 50, 0.3])]
+    with pytest.raises(ValueError, match="lack the field 'packed.teacher_distance'"):
+        plot_sizes([make_results()], "unused.png", distances=True)
     with pytest.raises(ValueError, match="lack the field 'multiply_adds'"):
         plot_sizes([make_results()], "unused.png", "multiply_adds")
 

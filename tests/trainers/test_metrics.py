@@ -7,7 +7,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, EvalPrediction
 
-from trainers.metrics import GlueMetric, compute_metrics_for, main_metric, score
+from trainers.metrics import GlueMetric, compute_metrics_for, main_metric, mean_squared_difference, score
 from trainers.tasks import TASKS, Task
 
 
@@ -24,6 +24,13 @@ def test_known_values(name):
     scores = score(name, PREDICTIONS, REFERENCES)
     assert scores == pytest.approx({metric: KNOWN[metric] for metric in TASKS[name].metrics})
     assert list(scores) == list(TASKS[name].metrics) and main_metric(name) in scores
+
+
+def test_distance_between_logits():
+    first, second = np.array([[1, 2], [0, 0]], np.float32), np.array([[3, 2], [0, 0]], np.float32)
+    assert mean_squared_difference(first, first) == mean_squared_difference(first[1:], second[1:]) == 0
+    assert mean_squared_difference(first, second) == 2  # (2^2 + 0^2) / 2: padding does not count
+    assert mean_squared_difference(first, -first) == 10
 
 
 def test_main_metrics():

@@ -8,7 +8,7 @@ from trainers import results as module
 from trainers import tables
 from trainers.published import published_drop
 from trainers.results import environment, load_results, read_results, variant_of, write_atomic, write_results
-from trainers.tables import escape_markdown, render_table
+from trainers.tables import escape_markdown, render_distances, render_table
 
 
 DIGEST = "0123456789abcdef" * 4
@@ -271,6 +271,15 @@ def test_table_has_mean_spread_seeds_and_drop_against_the_own_teacher():
         "-1.50 (seeds 1), paper -1.00",
     ]
     assert "Seeds: 42, 43, 44." in table and "fffffff" in table and "SST-2 validation (872 rows)" in table
+
+
+def test_distances_to_the_teacher_have_a_table():
+    runs = [make_results(seed=42), make_results(seed=43), make_results("mrpc"), make_results(variant="lat")]
+    for run, distance in zip(runs, (0.25, 0.35, 0.5)):
+        run["packed"] = {**run["packed"], "teacher_distance": distance}
+    table = render_distances(runs)
+    assert row(table, "") == ["SST-2", "MRPC"] and "lat" not in table  # which has none
+    assert row(table, "twn") == ["0.3000 ± 0.0707 (seeds 2)", "0.5000 (seeds 1)"]
 
 
 def test_a_drop_equal_to_the_papers_is_not_over():

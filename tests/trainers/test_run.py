@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -108,6 +109,13 @@ def test_results_and_packed_checkpoint_agree(finished):
     assert results["fingerprint"] == recipe.fingerprint()
     assert results["packed"]["max_logit_difference"] == 0.0
     assert results["packed"]["metrics"] == results["student"]["metrics"]
+    spec, (teacher,) = recipe.data, output.glob("teachers/rotten_tomatoes-????????????/model")
+    logits = []
+    for folder in (output / "packed", teacher):
+        run.evaluate_checkpoint(str(folder), spec, str(output / "logits.safetensors"))
+        logits.append(load_file(output / "logits.safetensors")[results["split"]])
+    assert results["packed"]["teacher_distance"] == pytest.approx(np.square(logits[0] - logits[1]).mean(), rel=1e-5)
+    assert results["packed"]["teacher_distance"] > 0
     assert [stage["name"] for stage in results["stages"]] == ["eight-bit", "ternary"]
     assert {"loss_logits", "loss_hidden_states", "loss_attention_scores"} <= set(results["stages"][1]["final_losses"])
     assert str(output.parent) not in json.dumps(results)  # nothing of this machine in what is published

@@ -26,6 +26,7 @@ def make_results(recipe):
         "run": recipe.name,
         "recipe": recipe.portable(),
         "fingerprint": recipe.fingerprint(),
+        "multiply_adds": {"backbone": 5},
         "seed": recipe.seed,
         "task": recipe.data.task,
         "split": "validation",
@@ -297,7 +298,7 @@ def test_another_machine_continues_from_the_committed_results_alone(sweep_file, 
         "tiny/sst2/lat/seed1.json",
         "tiny/sst2/twn/seed1.json",
     ]
-    assert "note" not in read_results(written[0])
+    assert "note" not in read_results(written[0]) and read_results(written[0])["multiply_adds"] == {"backbone": 5}
     assert collect(tmp_path / "out" / "tiny", committed) == []
 
     outcome = run_sweep(path, tmp_path / "other machine", execute=execute, results=committed)
