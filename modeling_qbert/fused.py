@@ -11,6 +11,7 @@ import functools
 import operator
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -358,19 +359,25 @@ def _place(name: str, quantizer: Any) -> Any:
 
 
 def _weight(layers: list[nn.Module], run: int, lend: _Lend | None = None) -> "NativeWeight":
-    """The rows of layers that read one input, as one weight: `run` rows of each in turn. `lend` leaves them to it."""
+    """The rows of layers that read one input, as one weight: `run` rows of each in turn. `lend` leaves them to it.
+
+    Beside a layer of two planes (adaptive splitting) one of one plane takes part as twice that plane at half its
+    scale: the same product, to the bit.
+    """
     layers = [_expect(layer, PackedLinear) for layer in layers]
     spec, packing, columns = layers[0].spec, layers[0].packing, layers[0].columns
-    if any(layer.spec != spec or layer.packing != packing for layer in layers):
+    if any(replace(layer.spec, planes=spec.planes) != spec or layer.packing != packing for layer in layers):
         raise _NotFusedError("query, key and value must be quantized alike")
+    planes = max(layer.spec.planes for layer in layers)
     groups = layers[0].weight_scale.shape[-1]
     if not supports(packing, groups, spec.group_size):
         raise _NotFusedError(f"it takes no layout {packing} in {groups} groups of {spec.group_size} columns")
-    scales = [layer.weight_scale.float().view(spec.planes, -1, groups) for layer in layers]
-    scales = [scale.expand(-1, layer.out_features, -1) for scale, layer in zip(scales, layers)]
+    scales = [layer.weight_scale.float().view(layer.spec.planes, -1, groups) for layer in layers]
+    scales = [scale * (scale.shape[0] / planes) for scale in scales]
+    scales = [scale.expand(planes, layer.out_features, -1) for scale, layer in zip(scales, layers)]
     biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
     weight = NativeWeight(
-        _joined([layer.weight.view(spec.planes, layer.out_features, -1) for layer in layers], run, 1),
+        _joined([_bits_of(layer).expand(planes, -1, -1) for layer in layers], run, 1),  # no view outlives this call
         columns,
         packing,
         _joined(scales, run, 1),
@@ -378,8 +385,19 @@ def _weight(layers: list[nn.Module], run: int, lend: _Lend | None = None) -> "Na
         _joined(biases, run, 0),
     )
     for index, layer in enumerate(layers if lend is not None else ()):
-        lend(layer, functools.partial(weight.packed, index * run, layer.out_features, run, len(layers) * run))
+        place = (index * run, layer.out_features, run, len(layers) * run)
+        lend(layer, functools.partial(_rows_of, weight, layer.spec.planes, *place))
     return weight
+
+
+def _bits_of(layer: PackedLinear) -> Tensor:
+    """uint8 (P, O, bytes)."""
+    return layer.weight.view(layer.spec.planes, layer.out_features, -1)
+
+
+def _rows_of(weight: "NativeWeight", planes: int, *place: int) -> Tensor:
+    packed = weight.packed(*place)
+    return packed[0].clone() if weight.planes > planes else packed
 
 
 def _joined(parts: list[Tensor], run: int, dim: int) -> Tensor:

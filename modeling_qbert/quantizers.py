@@ -73,15 +73,16 @@ def expand_scale(scale: Tensor, columns: int, group_size: int) -> Tensor:
 def _group_sum(values: Tensor, granularity: str, group_size: int) -> Tensor:
     """Sum of (O, I) over each scale group: float64, of the shape of the scale.
 
-    So a mean is rounded once, and the planes of a split weight have the same scale to the bit. Rows are summed first,
-    each by one thread: the number of threads does not show.
+    So a mean is rounded once. Of a whole matrix the rows are summed first, each by one thread, and the row sums in
+    float64: the number of threads does not show.
     """
     if granularity == "per_group":
         rows, columns = values.shape
         padding = -columns % group_size
         return torch.nn.functional.pad(values, (0, padding)).view(rows, -1, group_size).sum(-1, dtype=torch.float64)
-    rows = values.sum(-1, keepdim=True, dtype=torch.float64)
-    return rows if granularity == "per_row" else rows.sum().view(1, 1)
+    if granularity == "per_row":
+        return values.sum(-1, keepdim=True, dtype=torch.float64)
+    return values.sum(-1).double().sum().view(1, 1)
 
 
 def _group_amax(values: Tensor, granularity: str, group_size: int) -> Tensor:

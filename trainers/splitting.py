@@ -6,7 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from modeling_qbert import quantize_twn
+from modeling_qbert import quantize_bwn, quantize_twn
+
+
+CORRECTIONS = 8  # at most; one is rarely needed
 
 
 def split_ternary(
@@ -22,9 +25,9 @@ def split_ternary(
         b = (n alpha - sum |w|) / (2 (|J| + |K|))
 
     so that w1 + w2 = w, and both have the mean magnitude alpha / 2, alpha being TWN's scale: with BWN's codes,
-    alpha / 2 (sign w1 + sign w2) is the ternary weight, to the bit, and so is every product with it. (BinaryBERT
-    section 3.2. The sign of J and K in `a` follows from equal means; printed with the signs exchanged the means differ
-    by 1.6 % on Gaussian weights.)
+    alpha / 2 (sign w1 + sign w2) is the ternary weight, to the bit, and so is every product with it (of a matrix of a
+    few hundred weights a scale may stay one float off). (BinaryBERT section 3.2. The sign of J and K in `a` follows
+    from equal means; printed with the signs exchanged the means differ by 1.6 % on Gaussian weights.)
 
     Args:
         weight: latent weight (O, I).
@@ -56,9 +59,16 @@ def split_ternary(
     b = (count * alpha - total(magnitude)) / (2 * (count - kept_count).clamp_min(1))
     empty = kept_count == 0  # TWN keeps nothing of a group of zeros
     a, b = a.masked_fill(empty, 0.5), torch.where(empty, alpha, b)
-    first = torch.where(kept, a * w, torch.where(up, w + b, b))
-    second = torch.where(kept, (1 - a) * w, torch.where(down, w - b, -b))
-    return first.to(weight.dtype), second.to(weight.dtype)
+    for _ in range(CORRECTIONS):
+        first = torch.where(kept, a * w, torch.where(up, w + b, b)).to(weight.dtype)
+        second = torch.where(kept, (1 - a) * w, torch.where(down, w - b, -b)).to(weight.dtype)
+        errors = [quantize_bwn(plane, granularity).scale.double() - alpha / 2 for plane in (first, second)]
+        if not any(bool(error.any()) for error in errors):
+            break
+        # What rounding moved a mean by is taken back by halves: a scale that is one float off is off by less than two.
+        a = a - (errors[0] - errors[1]) * count / (4 * kept_sum.clamp_min(alpha))
+        b = b - (errors[0] + errors[1]) * count / (4 * (count - kept_count).clamp_min(1))
+    return first, second
 
 
 def split_state_dict(state: Mapping[str, Tensor], planes: Mapping[str, str], biases: set[str]) -> dict[str, Tensor]:

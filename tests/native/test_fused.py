@@ -68,6 +68,11 @@ BINARY_SETTINGS = {
     "W1A8, two planes": {"bits": "1-1-8", "planes": 2},
     "two planes, embedding per tensor": {"bits": "1-1-8", "planes": 2, "embedding_granularity": "per_tensor"},
     "two planes, embedding per group": {"bits": "1-1-8", "planes": 2, "embedding_granularity": "per_group"},
+    "W1A8, some split": {
+        "bits": "1-1-8",
+        "planes": 2,
+        "split_modules": ["encoder.layer.0.attention.self.key", "encoder.layer.1.attention.self.value"],
+    },
     "W1A8, learned clips": {"bits": "1-1-8", "activation_quantizer": "pact"},
     "W1A4, learned steps": {"bits": "1-1-4", "activation_quantizer": "lsq"},
     "W1A4, ReLU, two planes": {"bits": "1-1-4", "activation_quantizer": "lsq", "planes": 2, "hidden_act": "relu"},

@@ -26,6 +26,10 @@ LAYOUTS = {
     "dense": ({"family": "ternary"}, "dense"),
     "1bit": ({"family": "binary", "bits": "1-1-8"}, "2bit"),
     "1bit, two planes": ({"family": "binary", "bits": "1-1-8", "planes": 2}, "2bit"),
+    "1bit, some in two planes": (
+        {"family": "binary", "bits": "1-1-8", "planes": 2, "split_modules": ["encoder.layer.0.attention.self.key"]},
+        "2bit",
+    ),
     "int8": ({"family": "ternary", "bits": "8-8-8"}, "2bit"),
 }
 
