@@ -33,7 +33,7 @@ QB_INLINE void block(const uint8_t* codes, const uint8_t* x, long depth, long pi
     }
 }
 
-// Either whole numbers of the planes from `plane` on into `out` (N, padded rows), or floats into y (N, stride).
+// Either whole numbers of one plane into `out` (N, padded rows), or floats of all planes into y (N, stride).
 template <int BITS>
 QB_INLINE void term(const Weight& w, long plane, long group, const Codes& x, long rows, long first, long last,
                     int32_t* out, float* y, long stride) {
