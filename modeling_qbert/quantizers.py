@@ -73,8 +73,8 @@ def expand_scale(scale: Tensor, columns: int, group_size: int) -> Tensor:
 def _group_sum(values: Tensor, granularity: str, group_size: int) -> Tensor:
     """Sum of (O, I) over each scale group: float64, of the shape of the scale.
 
-    Rows and groups are summed in float64, so their means are rounded once. Of a whole matrix the rows are summed in the
-    type of `values`, each by one thread, and the row sums in float64: the number of threads does not show.
+    Rows and groups are summed in float64, so their means are rounded once. Of a whole matrix the rows are summed in
+    the type of `values`, each by one thread, and the row sums in float64: the number of threads does not show.
     """
     if granularity == "per_group":
         rows, columns = values.shape
