@@ -1,8 +1,8 @@
 """The native CPU engine (`native/` of the repository) through ctypes; the only Python that knows its C interface.
 
 Importing this module raises `ImportError` where the engine was not built or does not fit; `ops.py` then stays in
-torch. `QBERT_CPU` (`scalar`, `avx2`, `avx512`) caps the instructions used, `off` does without the engine; every path
-gives the same bits.
+torch. `QBERT_CPU` (`scalar`, `avx2`, `avx512`; on Arm `scalar`, `neon`) caps the instructions used, `off` does without
+the engine; every path gives the same bits.
 
 Shapes: N rows, O out rows, I in columns, P planes, G groups, B batch, T tokens, C hidden, D head dim, F ghost features
 of k tokens.
@@ -12,6 +12,7 @@ import ctypes
 import importlib.util
 import math
 import os
+import platform
 import weakref
 from collections.abc import Sequence
 from ctypes import c_double, c_float, c_int, c_int64, c_void_p
@@ -25,7 +26,7 @@ from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantiz
 
 
 VERSION = 8  # of the C interface
-LEVELS = ("scalar", "avx2", "avx512")
+LEVELS = ("scalar", "neon") if platform.machine() in ("aarch64", "arm64") else ("scalar", "avx2", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
 OUT_OF_TABLE, HIDDEN_START = -2, -3  # answers of `qb_encoder_forward` that torch can explain better
@@ -57,7 +58,7 @@ _SIGNATURES = {
 
 
 def _load() -> ctypes.CDLL:
-    if os.environ.get("QBERT_CPU", "avx512") not in (*LEVELS, "off"):
+    if os.environ.get("QBERT_CPU", "scalar") not in (*LEVELS, "off"):
         raise ValueError(f"environment variable QBERT_CPU must be one of {(*LEVELS, 'off')}")
     if os.environ.get("QBERT_CPU") == "off":
         raise ImportError("switched off by QBERT_CPU=off")

@@ -6,10 +6,21 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include "encoder.h"
 
 namespace qbert {
 namespace {
+
+// What `QBERT_CPU` calls the levels.
+#if defined(__aarch64__)
+constexpr const char* kLevelNames[] = {"scalar", "neon"};
+#else
+constexpr const char* kLevelNames[] = {"scalar", "avx2", "avx512"};
+#endif
 
 std::atomic<int> level_in_use{-1};
 
@@ -21,6 +32,11 @@ Level supported() {
         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vpopcntdq"))
         return kAvx512;
     if (__builtin_cpu_supports("avx2")) return kAvx2;
+#elif defined(__aarch64__) && defined(__linux__)
+    constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+    if (getauxval(AT_HWCAP) & kDotProducts) return kNeon;
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+    return kNeon;
 #endif
     return kScalar;
 }
@@ -30,8 +46,10 @@ Level supported() {
 Level best_level() {
     static const Level best = [] {
         const char* cap = std::getenv("QBERT_CPU");
-        const int most = !cap ? kAvx512 : !std::strcmp(cap, "scalar") ? kScalar : !std::strcmp(cap, "avx2") ? kAvx2 : kAvx512;
-        return static_cast<Level>(std::min<int>(most, supported()));
+        int level = supported();
+        for (int i = 0; cap && i < level; ++i)
+            if (!std::strcmp(cap, kLevelNames[i])) level = i;
+        return static_cast<Level>(level);
     }();
     return best;
 }
@@ -47,6 +65,8 @@ const Kernels& kernels() {
 #if defined(__x86_64__)
     if (level() == kAvx512) return kAvx512Kernels;
     if (level() == kAvx2) return kAvx2Kernels;
+#elif defined(__aarch64__)
+    if (level() == kNeon) return kNeonKernels;
 #endif
     return kScalarKernels;
 }

@@ -158,11 +158,17 @@ struct Kernels {
     void (*ghost)(const Ghosts&, const float* const* taps, long n, float* out);
 };
 
+#if defined(__aarch64__)
+enum Level { kScalar = 0, kNeon = 1 };
+#else
 enum Level { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+#endif
 
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
 #endif
 
 Level best_level();     // of this CPU, under QBERT_CPU

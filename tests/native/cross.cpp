@@ -1,5 +1,5 @@
 // Prints digests of what the engine's C interface answers to numbers that depend on nothing but their position, so that
-// two machines can be compared. Codes are also checked against plain sums.
+// two machines can be compared. Argument: the level. Codes are also checked against plain sums.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -7,6 +7,7 @@
 
 extern "C" {
 void qb_set_level(int);
+int qb_level();
 void* qb_weight_new(int, const uint8_t*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, const float*);
 void qb_weight_free(void*);
 int qb_sums(const void*, int64_t, int64_t, const int8_t*, int64_t, int32_t*);
@@ -43,8 +44,9 @@ static void print(const char* name, const std::vector<T>& values) {
     std::printf("%s %016llx\n", name, static_cast<unsigned long long>(hash));
 }
 
-int main() {
-    qb_set_level(0);
+int main(int, char** arguments) {
+    qb_set_level(arguments[1][0] - '0');
+    if (qb_level() != arguments[1][0] - '0') return 2;
     const float* none[4] = {};
     const double dynamic[9] = {8, 0, -1e30, 1e30, 1, 0, 0, 0, 0};
     for (int layout = 0; layout < 4; ++layout)
