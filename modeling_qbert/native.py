@@ -1,8 +1,8 @@
 """The native CPU engine (`native/` of the repository) through ctypes; the only Python that knows its C interface.
 
 Importing this module raises `ImportError` where the engine was not built or does not fit; `ops.py` then stays in
-torch. `QBERT_CPU` (`scalar`, `avx2`, `avx512`; on Arm `scalar`, `neon`) caps the instructions used, `off` does without
-the engine; every path gives the same bits.
+torch. `QBERT_CPU` caps the instructions used (`scalar`, `avx2`, `vnni`, `avx512`; on Arm `scalar`, `neon`), `off` does
+without the engine; every path gives the same bits.
 
 Shapes: N rows, O out rows, I in columns, P planes, G groups, B batch, T tokens, C hidden, D head dim, F ghost features
 of k tokens.
@@ -26,7 +26,7 @@ from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantiz
 
 
 VERSION = 8  # of the C interface
-LEVELS = ("scalar", "neon") if platform.machine() in ("aarch64", "arm64") else ("scalar", "avx2", "avx512")
+LEVELS = ("scalar", "neon") if platform.machine() in ("aarch64", "arm64") else ("scalar", "avx2", "vnni", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
 OUT_OF_TABLE, HIDDEN_START = -2, -3  # answers of `qb_encoder_forward` that torch can explain better

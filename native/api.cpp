@@ -19,26 +19,45 @@ namespace {
 #if defined(__aarch64__)
 constexpr const char* kLevelNames[] = {"scalar", "neon"};
 #else
-constexpr const char* kLevelNames[] = {"scalar", "avx2", "avx512"};
+constexpr const char* kLevelNames[] = {"scalar", "avx2", "vnni", "avx512"};
 #endif
+constexpr int kLevels = sizeof kLevelNames / sizeof *kLevelNames;
 
 std::atomic<int> level_in_use{-1};
 
-Level supported() {
+#if defined(__x86_64__)
+// In the encoding that this CPU has, or null.
+const Kernels* vnni_kernels() {
+    if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) return &kVnniKernels;
+#if defined(QBERT_AVXVNNI)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni")) return &kAvxVnniKernels;
+#endif
+    return nullptr;
+}
+#endif
+
+bool has(int level) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vpopcntdq"))
-        return kAvx512;
-    if (__builtin_cpu_supports("avx2")) return kAvx2;
+    if (level == kAvx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+               __builtin_cpu_supports("avx512vpopcntdq");
+    if (level == kVnni) return vnni_kernels() != nullptr;
+    if (level == kAvx2) return __builtin_cpu_supports("avx2");
 #elif defined(__aarch64__) && defined(__linux__)
     constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
-    if (getauxval(AT_HWCAP) & kDotProducts) return kNeon;
+    if (level == kNeon) return getauxval(AT_HWCAP) & kDotProducts;
 #elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
-    return kNeon;
+    if (level == kNeon) return true;
 #endif
-    return kScalar;
+    return level == kScalar;
+}
+
+Level best_up_to(int level) {
+    while (!has(level)) --level;
+    return static_cast<Level>(level);
 }
 
 }  // namespace
@@ -46,10 +65,10 @@ Level supported() {
 Level best_level() {
     static const Level best = [] {
         const char* cap = std::getenv("QBERT_CPU");
-        int level = supported();
-        for (int i = 0; cap && i < level; ++i)
-            if (!std::strcmp(cap, kLevelNames[i])) level = i;
-        return static_cast<Level>(level);
+        int most = kLevels - 1;
+        for (int i = 0; cap && i < most; ++i)
+            if (!std::strcmp(cap, kLevelNames[i])) most = i;
+        return best_up_to(most);
     }();
     return best;
 }
@@ -59,11 +78,12 @@ Level level() {
     return current < 0 ? best_level() : static_cast<Level>(current);
 }
 
-void set_level(Level wanted) { level_in_use.store(std::min(wanted, best_level())); }
+void set_level(Level wanted) { level_in_use.store(best_up_to(std::min(wanted, best_level()))); }
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
     if (level() == kAvx512) return kAvx512Kernels;
+    if (level() == kVnni) return *vnni_kernels();
     if (level() == kAvx2) return kAvx2Kernels;
 #elif defined(__aarch64__)
     if (level() == kNeon) return kNeonKernels;

@@ -68,12 +68,14 @@ QB_INLINE Line quantize_values(const Head& head, const AttentionScratch& s) {
             else for (long d = 0; d < s.width; ++d) row[d] = 0;
         }
         for (long d = 0; d < s.width; d += kLanes) {
-            i16 quads = {};
-            for (int i = 3; i >= 0; --i) {
-                const c16 codes = *reinterpret_cast<const c16*>(s.row + i * s.width + d);
-                quads = quads << 8 | (__builtin_convertvector(codes, i16) & 255);
+            uint8_t* quads = s.value_panel + d * s.quads + first / 4 * 64;
+            const int8_t *a = s.row + d, *b = a + s.width, *c = b + s.width, *e = c + s.width;
+            for (int lane = 0; lane < kLanes; ++lane) {
+                quads[lane * 4] = static_cast<uint8_t>(a[lane]);
+                quads[lane * 4 + 1] = static_cast<uint8_t>(b[lane]);
+                quads[lane * 4 + 2] = static_cast<uint8_t>(c[lane]);
+                quads[lane * 4 + 3] = static_cast<uint8_t>(e[lane]);
             }
-            *reinterpret_cast<i16*>(s.value_panel + d * s.quads + first / 4 * 64) = quads;
         }
     }
     return line;
@@ -84,21 +86,21 @@ QB_INLINE float score_row(const Head& head, const AttentionScratch& s, const Lin
     const bool offsets = head.of_query->kind == kAsymmetric;
     const float query_sum = static_cast<float>(sum) * query.scale;
     const float offset_size = static_cast<float>(head.size) * query.offset;
-    f16 highest = splat(-__builtin_inff());
+    fv highest = splat(-__builtin_inff());
     float high = -__builtin_inff();
-    for (long key = 0; key < head.tokens; key += 16) {
-        const i16 products = *reinterpret_cast<const i16*>(scores + key) - 128 * sum;
-        const f16 scale = splat(query.scale) * load16(s.key_scale + key);
-        f16 y = __builtin_convertvector(products, f16) * scale;
+    for (long key = 0; key < head.tokens; key += kWide) {
+        const iv products = *reinterpret_cast<const iv*>(scores + key) - 128 * sum;
+        const fv scale = splat(query.scale) * load(s.key_scale + key);
+        fv y = floats(products) * scale;
         if (offsets) {
-            const f16 key_offset = load16(s.key_offset + key);
+            const fv key_offset = load(s.key_offset + key);
             y += splat(query_sum) * key_offset;
-            y += splat(query.offset) * load16(s.key_sum + key);
+            y += splat(query.offset) * load(s.key_sum + key);
             y += splat(offset_size) * key_offset;
         }
         y *= splat(head.scaling);
-        store16(scores + key, y);
-        if (key + 16 <= head.tokens) highest = high16(y, highest);
+        store(scores + key, y);
+        if (key + kWide <= head.tokens) highest = higher(y, highest);
         else for (long i = key; i < head.tokens; ++i) high = scores[i] > high ? scores[i] : high;
     }
     const float all = collect(highest, highest, {0, -__builtin_inff()}).high;

@@ -23,6 +23,6 @@ QB_INLINE void ghost_channels(const Ghosts& ghosts, const float* const* taps, lo
 
 QB_TARGET static void ghost_row(const Ghosts& ghosts, const float* const* taps, long n, float* out) {
     long channel = 0;
-    for (; channel + 16 <= n; channel += 16) ghost_channels(ghosts, taps, n, channel, out, f16{});
+    for (; channel + kWide <= n; channel += kWide) ghost_channels(ghosts, taps, n, channel, out, fv{});
     for (; channel < n; ++channel) ghost_channels(ghosts, taps, n, channel, out, 0.0f);
 }

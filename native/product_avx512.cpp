@@ -6,7 +6,7 @@
 
 #include "qbert.h"
 
-#define QB_AVX512
+#define QB_WIDE 16
 #define QB_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vpopcntdq")))
 #define QB_UNROLL _Pragma("GCC unroll 16")
 
@@ -73,8 +73,6 @@ struct Target {
 
 constexpr int kMostRows = 4, kMostVectors = 6;  // of a block
 
-QB_INLINE __m512 floats(__m512i whole) { return (__m512)__builtin_convertvector((i16)whole, f16); }
-
 template <int MR, int NV>
 QB_INLINE void store_sums(const Target& t, __m512i (&sums)[MR][NV]) {
     QB_UNROLL for (int r = 0; r < MR; ++r) {
@@ -95,10 +93,10 @@ QB_INLINE void store_sums(const Target& t, __m512i (&sums)[MR][NV]) {
             if (t.first) {
                 const __m512i first = _mm512_load_si512(t.first + (r * kMostVectors + v) * 16);
                 const __m512 rest = _mm512_mul_ps(scale, _mm512_loadu_ps(t.second_scale + v * 16));
-                products = _mm512_add_ps(_mm512_mul_ps(floats(_mm512_add_epi32(first, here)), scales),
-                                         _mm512_mul_ps(floats(_mm512_sub_epi32(first, here)), rest));
+                products = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(first, here)), scales),
+                                         _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(first, here)), rest));
             } else {
-                products = _mm512_mul_ps(floats(here), scales);
+                products = _mm512_mul_ps(_mm512_cvtepi32_ps(here), scales);
             }
             _mm512_storeu_ps(y, _mm512_add_ps(products, start));
         }

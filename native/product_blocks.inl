@@ -3,24 +3,24 @@
 
 constexpr int kRows = 4;
 
-QB_INLINE f16 floats(i16 sums) { return __builtin_convertvector(sums, f16); }
-
 // One vector of one row: `second` are the sums of a second plane, or null.
 QB_INLINE void store_block(const Weight& w, long output, const Codes& x, long row, long group, const int32_t* first,
                            const int32_t* second, float* y) {
     const int32_t correction = w.zero * x.sums[row * x.groups + group];
     const long at = group * w.padded_rows() + output;
-    const f16 before = load16(group ? y : w.bias.get() + output);
-    const f16 start = splat(x.offset[row]) * load16(w.sums.get() + at) + before;
-    const f16 scale = splat(x.scale[row]) * load16(w.scale.get() + at);
-    const i16 a = *reinterpret_cast<const i16*>(first) - correction;
-    f16 products = floats(a) * scale;
-    if (second) {
-        const i16 b = *reinterpret_cast<const i16*>(second) - correction;
-        const f16 rest = splat(x.scale[row]) * load16(w.scale.get() + w.groups * w.padded_rows() + at);
-        products = floats(a + b) * scale + floats(a - b) * rest;
+    for (int i = 0; i < kLanes; i += kWide) {
+        const fv before = load(group ? y + i : w.bias.get() + output + i);
+        const fv start = splat(x.offset[row]) * load(w.sums.get() + at + i) + before;
+        const fv scale = splat(x.scale[row]) * load(w.scale.get() + at + i);
+        const iv a = *reinterpret_cast<const iv*>(first + i) - correction;
+        fv products = floats(a) * scale;
+        if (second) {
+            const iv b = *reinterpret_cast<const iv*>(second + i) - correction;
+            const fv rest = splat(x.scale[row]) * load(w.scale.get() + w.groups * w.padded_rows() + at + i);
+            products = floats(a + b) * scale + floats(a - b) * rest;
+        }
+        store(y + i, products + start);
     }
-    store16(y, products + start);
 }
 
 template <int BITS, bool SIGNED>

@@ -13,6 +13,9 @@
 #define QB_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #endif
 
+#define QB_NEON
+#define QB_WIDE 4
+
 namespace qbert {
 namespace {
 

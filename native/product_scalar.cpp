@@ -4,6 +4,8 @@
 
 #define QB_TARGET
 
+#define QB_WIDE 4
+
 namespace qbert {
 namespace {
 

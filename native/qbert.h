@@ -161,19 +161,22 @@ struct Kernels {
 #if defined(__aarch64__)
 enum Level { kScalar = 0, kNeon = 1 };
 #else
-enum Level { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Level { kScalar = 0, kAvx2 = 1, kVnni = 2, kAvx512 = 3 };
 #endif
 
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels, kAvx512Kernels;
+extern const Kernels kAvx2Kernels, kVnniKernels, kAvxVnniKernels, kAvx512Kernels;
+#if __GNUC__ >= 11 || __clang_major__ >= 12
+#define QBERT_AVXVNNI  // kAvxVnniKernels are there: older compilers know no AVX-VNNI
+#endif
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;
 #endif
 
 Level best_level();     // of this CPU, under QBERT_CPU
 Level level();          // in use
-void set_level(Level);  // never above best_level()
+void set_level(Level);  // the best that this CPU has up to it and to best_level()
 const Kernels& kernels();
 
 // packing.cpp

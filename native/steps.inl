@@ -1,15 +1,16 @@
-// The float steps of a layer, compiled once per path: included with QB_TARGET set to that path's target attribute.
+// The float steps of a layer, compiled once per path: included with QB_TARGET set to that path's target attribute and
+// QB_WIDE to the floats that one of its registers has: 16, 8 or 4 (with QB_NEON by NEON's instructions).
 //
 // Every step is a fixed sequence of IEEE operations, none of them fused (the build says -ffp-contract=off), the same
 // as the formulas of quantizers.py and ops.py. Sums run in double and are rounded once, so their order does not show.
 
-typedef float f8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float f16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int8_t c16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint8_t u16x __attribute__((vector_size(16), aligned(1), may_alias));
-typedef double d8 __attribute__((vector_size(64), aligned(8), may_alias));
-typedef int64_t l8 __attribute__((vector_size(64), aligned(8), may_alias));
+// Vectors of QB_WIDE numbers, as many as a register has: compilers take wider ones apart through memory.
+constexpr int kWide = QB_WIDE;
+typedef float fv __attribute__((vector_size(QB_WIDE * 4), aligned(4), may_alias));
+typedef float half __attribute__((vector_size(QB_WIDE * 2)));
+typedef int32_t iv __attribute__((vector_size(QB_WIDE * 4), aligned(4), may_alias));
+typedef double dv __attribute__((vector_size(QB_WIDE * 4), aligned(8), may_alias));  // half as many
+typedef int64_t lv __attribute__((vector_size(QB_WIDE * 4), aligned(8), may_alias));
 
 #define QB_INLINE QB_TARGET __attribute__((always_inline)) static inline
 
@@ -17,23 +18,43 @@ constexpr float kMagic = 12582912.0f;         // 1.5 * 2^23: adding it rounds to
 constexpr int32_t kMagicBits = 0x4B400000;    // its bits; the low bits of a sum are the whole number
 constexpr double kMagicDouble = 6755399441055744.0;  // 1.5 * 2^52
 
-QB_INLINE f16 splat(float x) { return f16{} + x; }
-QB_INLINE f16 load16(const float* x) { return *reinterpret_cast<const f16*>(x); }
-QB_INLINE void store16(float* x, f16 value) { *reinterpret_cast<f16*>(x) = value; }
-QB_INLINE f16 low16(f16 a, f16 b) { return a < b ? a : b; }
-QB_INLINE f16 high16(f16 a, f16 b) { return a > b ? a : b; }
+QB_INLINE fv splat(float x) { return fv{} + x; }
+QB_INLINE fv load(const float* x) { return *reinterpret_cast<const fv*>(x); }
+QB_INLINE void store(float* x, fv value) { *reinterpret_cast<fv*>(x) = value; }
+QB_INLINE fv lower(fv a, fv b) { return a < b ? a : b; }
+QB_INLINE fv higher(fv a, fv b) { return a > b ? a : b; }
+QB_INLINE fv floats(iv whole) { return __builtin_convertvector(whole, fv); }
+
+// The lowest byte of each number.
+template <typename Byte>
+QB_INLINE void store_bytes(Byte* bytes, iv numbers) {
+#if QB_WIDE == 16
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8((__m512i)numbers));
+#elif QB_WIDE == 8
+    const __m256i picked = _mm256_shuffle_epi8((__m256i)numbers, _mm256_set1_epi32(0x0C080400));
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(picked), _mm256_extracti128_si256(picked, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), both);
+#elif defined(QB_NEON)
+    const int16x4_t half = vmovn_s32((int32x4_t)numbers);
+    const int32x2_t picked = vreinterpret_s32_s8(vmovn_s16(vcombine_s16(half, half)));
+    const int32_t word = vget_lane_s32(picked, 0);
+    __builtin_memcpy(bytes, &word, 4);
+#else
+    for (int lane = 0; lane < kWide; ++lane) bytes[lane] = static_cast<Byte>(numbers[lane]);
+#endif
+}
 
 QB_INLINE void widen(Range& range, float x) {
     range.low = x < range.low ? x : range.low;
     range.high = x > range.high ? x : range.high;
 }
 
-QB_INLINE Range collect(f16 low, f16 high, Range range) {
-#ifdef QB_AVX512
+QB_INLINE Range collect(fv low, fv high, Range range) {
+#if QB_WIDE == 16
     const float least = _mm512_reduce_min_ps((__m512)low), most = _mm512_reduce_max_ps((__m512)high);
     return {least < range.low ? least : range.low, most > range.high ? most : range.high};
 #endif
-    for (int lane = 0; lane < 16; ++lane) {
+    for (int lane = 0; lane < kWide; ++lane) {
         range.low = low[lane] < range.low ? low[lane] : range.low;
         range.high = high[lane] > range.high ? high[lane] : range.high;
     }
@@ -42,12 +63,12 @@ QB_INLINE Range collect(f16 low, f16 high, Range range) {
 
 QB_TARGET static Range range_row(const float* x, long n) {
     const float infinity = __builtin_inff();
-    f16 low = splat(infinity), high = splat(-infinity);
+    fv low = splat(infinity), high = splat(-infinity);
     Range range{infinity, -infinity};
     long i = 0;
-    for (; i + 16 <= n; i += 16) {
-        low = low16(load16(x + i), low);
-        high = high16(load16(x + i), high);
+    for (; i + kWide <= n; i += kWide) {
+        low = lower(load(x + i), low);
+        high = higher(load(x + i), high);
     }
     for (; i < n; ++i) widen(range, x[i]);
     return collect(low, high, range);
@@ -117,12 +138,12 @@ QB_INLINE T on_steps(T x, T step, T floor, T least, T most) {
     return held((x - floor) / step, least, most);
 }
 
-QB_INLINE int32_t total16(i16 v) {
-#ifdef QB_AVX512
+QB_INLINE int32_t sum_of(iv v) {
+#if QB_WIDE == 16
     return _mm512_reduce_add_epi32((__m512i)v);
 #endif
     int32_t sum = 0;
-    for (int lane = 0; lane < 16; ++lane) sum += v[lane];
+    for (int lane = 0; lane < kWide; ++lane) sum += v[lane];
     return sum;
 }
 
@@ -131,18 +152,18 @@ QB_INLINE int32_t codes_of(const float* x, long n, const Line& line, int8_t* cod
     const Activation activation = STEPS ? *line.step : Activation{};
     const float least = static_cast<float>(activation.least), most = static_cast<float>(activation.most);
     const int32_t base = kMagicBits + (STEPS ? activation.less : 0);
-    i16 sum = {};
+    iv sum = {};
     long i = 0;
-    for (; i + 16 <= n; i += 16) {
-        const f16 v = load16(x + i);
-        const f16 place = STEPS ? on_steps(v, splat(activation.step), splat(activation.floor), splat(least), splat(most))
+    for (; i + kWide <= n; i += kWide) {
+        const fv v = load(x + i);
+        const fv place = STEPS ? on_steps(v, splat(activation.step), splat(activation.floor), splat(least), splat(most))
                                 : on_line<HOLDS>(v, splat(line.inverse), splat(line.shift), splat(line.low),
                                                  splat(line.high));
-        const i16 code = (i16)(place + splat(kMagic)) - base;
+        const iv code = (iv)(place + splat(kMagic)) - base;
         sum += code;
-        *reinterpret_cast<c16*>(codes + i) = __builtin_convertvector(code, c16);
+        store_bytes(codes + i, code);
     }
-    int32_t total = total16(sum);
+    int32_t total = sum_of(sum);
     for (; i < n; ++i) {
         const float place = STEPS ? on_steps(x[i], activation.step, activation.floor, least, most)
                                   : on_line<HOLDS>(x[i], line.inverse, line.shift, line.low, line.high);
@@ -156,14 +177,14 @@ QB_INLINE int32_t codes_of(const float* x, long n, const Line& line, int8_t* cod
 }
 
 QB_INLINE int32_t signs_of(const float* x, long n, const float* thresholds, int8_t* codes) {
-    i16 sum = {};
+    iv sum = {};
     long i = 0;
-    for (; i + 16 <= n; i += 16) {
-        const i16 code = -2 * (i16)(load16(x + i) >= load16(thresholds + i)) - 1;
+    for (; i + kWide <= n; i += kWide) {
+        const iv code = -2 * (iv)(load(x + i) >= load(thresholds + i)) - 1;
         sum += code;
-        *reinterpret_cast<c16*>(codes + i) = __builtin_convertvector(code, c16);
+        store_bytes(codes + i, code);
     }
-    int32_t total = total16(sum);
+    int32_t total = sum_of(sum);
     for (; i < n; ++i) total += codes[i] = x[i] >= thresholds[i] ? 1 : -1;
     return total;
 }
@@ -210,15 +231,15 @@ QB_INLINE T gelu_of(T x, T t) {
 
 QB_TARGET static Range gelu_row(float* x, long n) {
     const float infinity = __builtin_inff();
-    f16 low = splat(infinity), high = splat(-infinity);
+    fv low = splat(infinity), high = splat(-infinity);
     Range range{infinity, -infinity};
     long i = 0;
-    for (; i + 16 <= n; i += 16) {
-        const f16 v = load16(x + i);
-        const f16 y = gelu_of(v, high16(low16(v, splat(kGeluLimit)), splat(-kGeluLimit)));
-        store16(x + i, y);
-        low = low16(y, low);
-        high = high16(y, high);
+    for (; i + kWide <= n; i += kWide) {
+        const fv v = load(x + i);
+        const fv y = gelu_of(v, higher(lower(v, splat(kGeluLimit)), splat(-kGeluLimit)));
+        store(x + i, y);
+        low = lower(y, low);
+        high = higher(y, high);
     }
     for (; i < n; ++i) {
         const float t = x[i] < kGeluLimit ? x[i] : kGeluLimit;
@@ -233,78 +254,92 @@ QB_TARGET static Range relu_row(float* x, long n) {
     return range_row(x, n);
 }
 
-QB_INLINE double total8(d8 v) {
+QB_INLINE double sum_of(dv v) {
     double sum = 0;
-    for (int lane = 0; lane < 8; ++lane) sum += v[lane];
+    for (int lane = 0; lane < kWide / 2; ++lane) sum += v[lane];
     return sum;
 }
 
-// GCC converts halves; the instruction takes all eight.
-QB_INLINE d8 to_double(f8 x) {
-#ifdef QB_AVX512
-    return (d8)_mm512_cvtps_pd((__m256)x);
-#else
-    return __builtin_convertvector(x, d8);
-#endif
-}
-
-QB_INLINE f8 to_float(d8 x) {
-#ifdef QB_AVX512
-    return (f8)_mm512_cvtpd_ps((__m512d)x);
-#else
-    return __builtin_convertvector(x, f8);
-#endif
-}
+struct Doubles {
+    dv left, right;
+};
 
 // Through registers: what is stored in halves and loaded whole waits for the cache.
-QB_INLINE f8 left8(f16 x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
-QB_INLINE f8 right8(f16 x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
-QB_INLINE f16 join8(f8 a, f8 b) {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+QB_INLINE Doubles to_doubles(fv x) {
+#if QB_WIDE == 16
+    return {(dv)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)),
+            (dv)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1))};
+#elif QB_WIDE == 8
+    return {(dv)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)),
+            (dv)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1))};
+#elif defined(QB_NEON)
+    return {(dv)vcvt_f64_f32(vget_low_f32((float32x4_t)x)), (dv)vcvt_high_f64_f32((float32x4_t)x)};
+#else
+    half halves[2];
+    __builtin_memcpy(halves, &x, sizeof x);
+    return {__builtin_convertvector(halves[0], dv), __builtin_convertvector(halves[1], dv)};
+#endif
 }
 
-QB_INLINE d8 double8(const float* x) { return to_double(*reinterpret_cast<const f8*>(x)); }
+QB_INLINE fv to_floats(Doubles x) {
+#if QB_WIDE == 16
+    const __m512 left = _mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)x.left));
+    return (fv)_mm512_insertf32x8(left, _mm512_cvtpd_ps((__m512d)x.right), 1);
+#elif QB_WIDE == 8
+    const __m256 left = _mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)x.left));
+    return (fv)_mm256_insertf128_ps(left, _mm256_cvtpd_ps((__m256d)x.right), 1);
+#elif defined(QB_NEON)
+    return (fv)vcvt_high_f32_f64(vcvt_f32_f64((float64x2_t)x.left), (float64x2_t)x.right);
+#else
+    const half halves[2] = {__builtin_convertvector(x.left, half), __builtin_convertvector(x.right, half)};
+    fv y;
+    __builtin_memcpy(&y, halves, sizeof y);
+    return y;
+#endif
+}
+
+QB_INLINE void add(dv (&sums)[2], Doubles x) {
+    sums[0] += x.left;
+    sums[1] += x.right;
+}
 
 // ops.layer_norm: mean, variance and root are taken in double and rounded to float, everything else is float.
 QB_TARGET static Range layer_norm_row(const LayerNorm& norm, const float* y, float* x, long n) {
-    d8 sums[2] = {};
+    dv sums[2] = {};
     double tail = 0;
     long i = 0;
-    for (; i + 16 <= n; i += 16) {
-        if (y) store16(x + i, load16(y + i) + load16(x + i));
-        sums[0] += double8(x + i);
-        sums[1] += double8(x + i + 8);
+    for (; i + kWide <= n; i += kWide) {
+        const fv value = y ? load(y + i) + load(x + i) : load(x + i);
+        if (y) store(x + i, value);
+        add(sums, to_doubles(value));
     }
     for (; i < n; ++i) {
         if (y) x[i] = y[i] + x[i];
         tail += x[i];
     }
-    const float mean = static_cast<float>((total8(sums[0] + sums[1]) + tail) / static_cast<double>(n));
-    sums[0] = sums[1] = d8{};
+    const float mean = static_cast<float>((sum_of(sums[0] + sums[1]) + tail) / static_cast<double>(n));
+    sums[0] = sums[1] = dv{};
     tail = 0;
-    for (i = 0; i + 16 <= n; i += 16) {
-        const f16 difference = load16(x + i) - splat(mean);
-        float squares[16];
-        store16(x + i, difference);
-        store16(squares, difference * difference);
-        sums[0] += double8(squares);
-        sums[1] += double8(squares + 8);
+    for (i = 0; i + kWide <= n; i += kWide) {
+        const fv difference = load(x + i) - splat(mean);
+        store(x + i, difference);
+        add(sums, to_doubles(difference * difference));
     }
     for (; i < n; ++i) {
         x[i] = x[i] - mean;
         tail += x[i] * x[i];
     }
-    const float variance = static_cast<float>((total8(sums[0] + sums[1]) + tail) / static_cast<double>(n));
+    const float variance = static_cast<float>((sum_of(sums[0] + sums[1]) + tail) / static_cast<double>(n));
     const float inverse = static_cast<float>(1 / __builtin_sqrt(static_cast<double>(variance + norm.epsilon)));
     const float infinity = __builtin_inff();
-    f16 low = splat(infinity), high = splat(-infinity);
+    fv low = splat(infinity), high = splat(-infinity);
     Range range{infinity, -infinity};
     const float *gamma = norm.weight.get(), *beta = norm.bias.get();
-    for (i = 0; i + 16 <= n; i += 16) {
-        const f16 value = load16(x + i) * splat(inverse) * load16(gamma + i) + load16(beta + i);
-        store16(x + i, value);
-        low = low16(value, low);
-        high = high16(value, high);
+    for (i = 0; i + kWide <= n; i += kWide) {
+        const fv value = load(x + i) * splat(inverse) * load(gamma + i) + load(beta + i);
+        store(x + i, value);
+        low = lower(value, low);
+        high = higher(value, high);
     }
     for (; i < n; ++i) {
         x[i] = x[i] * inverse * gamma[i] + beta[i];
@@ -333,16 +368,10 @@ alignas(64) constexpr double kRoots[16] = {
     1.9152065613971472939,
 };
 
-QB_INLINE d8 root8(l8 index) {
-    d8 value;
-    for (int lane = 0; lane < 8; ++lane) value[lane] = kRoots[index[lane] & 15];
-    return value;
-}
-
 // exp of x <= 0 in double, within 2^-42: x = (16 k + j) ln 2 / 16 + r, e^x = 2^k 2^(j/16) e^r. Rounded to float it is
 // the float nearest to e^x but for one argument in a million, as is torch.exp of doubles; fused or not does not show.
-QB_INLINE d8 exp8(d8 x) {
-#ifdef QB_AVX512
+QB_INLINE dv exponential(dv x) {
+#if QB_WIDE == 16
     const __m512d magic = _mm512_set1_pd(kMagicDouble);
     const __m512d shifted = _mm512_fmadd_pd((__m512d)x, _mm512_set1_pd(23.083120654223414), magic);
     const __m512d whole = _mm512_sub_pd(shifted, magic);
@@ -357,25 +386,27 @@ QB_INLINE d8 exp8(d8 x) {
     const __m512i n = (__m512i)shifted;
     const __m512d root = _mm512_permutex2var_pd(_mm512_load_pd(kRoots), n, _mm512_load_pd(kRoots + 8));
     const __m512i exponent = _mm512_slli_epi64(_mm512_and_si512(n, _mm512_set1_epi64(-16)), 48);
-    return (d8)_mm512_add_epi64((__m512i)_mm512_mul_pd(p, root), exponent);
+    return (dv)_mm512_add_epi64((__m512i)_mm512_mul_pd(p, root), exponent);
 #else
-    const d8 shifted = x * 23.083120654223414 + kMagicDouble;
-    const d8 whole = shifted - kMagicDouble;
-    const l8 n = (l8)shifted - (l8)(d8{} + kMagicDouble);
-    const d8 r = (x - whole * 0.04332169878489367) - whole * 1.0291218489310676e-13;
-    d8 p = r * (1.0 / 120) + 1.0 / 24;
+    const dv shifted = x * 23.083120654223414 + kMagicDouble;
+    const dv whole = shifted - kMagicDouble;
+    const dv r = (x - whole * 0.04332169878489367) - whole * 1.0291218489310676e-13;
+    dv p = r * (1.0 / 120) + 1.0 / 24;
     p = p * r + 1.0 / 6;
     p = p * r + 0.5;
     p = p * r + 1.0;
     p = p * r + 1.0;
-    return (d8)((l8)(p * root8(n & 15)) + ((n >> 4) << 52));
+    const lv n = (lv)shifted;  // its low bits are 16 k + j
+    dv root;
+    for (int lane = 0; lane < kWide / 2; ++lane) root[lane] = kRoots[n[lane] & 15];
+    return (dv)((lv)(p * root) + ((n & -16) << 48));
 #endif
 }
 
 // The code is 0 from here on, and a sum that is at least 1 stays as it is.
 constexpr float kLeastExponent = -80.0f;
 
-// Codes of the probabilities of one query from its scores (n of them, space for a multiple of 16), whose largest is
+// Codes of the probabilities of one query from its scores (n of them, space for a multiple of kWide), whose largest is
 // `high`: softmax_codes, or learned_softmax_codes with a fixed step.
 struct Probabilities {
     float scale, sum;  // of a code; of the codes, times that scale
@@ -385,34 +416,33 @@ QB_TARGET static Probabilities softmax_row(float* scores, long n, float high, co
                                            uint8_t* codes) {
     const bool steps = activation.kind == kStep;
     const float levels = static_cast<float>((1 << activation.bits) - 1);
-    const long padded = round_up(n, 16);
+    const long padded = round_up(n, kWide);
     for (long i = n; i < padded; ++i) scores[i] = -__builtin_inff();
-    d8 sums[2] = {};
-    i16 code_sum = {};
-    const f16 least = splat(kLeastExponent), levels16 = splat(levels);
-    for (long i = 0; i < padded; i += 16) {
-        const f16 below = high16(load16(scores + i) - splat(high), least);
-        const f8 left = to_float(exp8(to_double(left8(below)))), right = to_float(exp8(to_double(right8(below))));
-        sums[0] += to_double(left);
-        sums[1] += to_double(right);
-        const f16 all = join8(left, right);
+    dv sums[2] = {};
+    iv code_sum = {};
+    const fv least = splat(kLeastExponent), levels_of_all = splat(levels);
+    for (long i = 0; i < padded; i += kWide) {
+        const fv below = higher(load(scores + i) - splat(high), least);
+        const Doubles exact = to_doubles(below);
+        const fv all = to_floats({exponential(exact.left), exponential(exact.right)});
+        add(sums, to_doubles(all));
         if (steps) {
-            store16(scores + i, all);
+            store(scores + i, all);
             continue;
         }
-        const i16 code = (i16)(all * levels16 + splat(kMagic)) - kMagicBits;
+        const iv code = (iv)(all * levels_of_all + splat(kMagic)) - kMagicBits;
         code_sum += code;
-        *reinterpret_cast<u16x*>(codes + i) = __builtin_convertvector(code, u16x);
+        store_bytes(codes + i, code);
     }
-    const float total = static_cast<float>(total8(sums[0] + sums[1]));
-    const f16 zero = {}, most = splat(static_cast<float>(activation.most));
-    for (long i = 0; steps && i < padded; i += 16) {
-        const f16 place = (load16(scores + i) / total - activation.floor) / activation.step;
-        const i16 code = (i16)(held(place, zero, most) + splat(kMagic)) - kMagicBits;
+    const float total = static_cast<float>(sum_of(sums[0] + sums[1]));
+    const fv zero = {}, most = splat(static_cast<float>(activation.most));
+    for (long i = 0; steps && i < padded; i += kWide) {
+        const fv place = (load(scores + i) / total - activation.floor) / activation.step;
+        const iv code = (iv)(held(place, zero, most) + splat(kMagic)) - kMagicBits;
         code_sum += code;
-        *reinterpret_cast<u16x*>(codes + i) = __builtin_convertvector(code, u16x);
+        store_bytes(codes + i, code);
     }
-    const int32_t whole = total16(code_sum);
+    const int32_t whole = sum_of(code_sum);
     const float scale = steps ? activation.step : 1 / (levels * total);
     return {scale, static_cast<float>(whole) * scale};
 }

@@ -11,7 +11,7 @@ from modeling_qbert import native
 
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCES = sorted((HERE.parents[1] / "native").glob("*.cpp"))
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
