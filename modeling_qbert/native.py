@@ -64,7 +64,7 @@ def _load() -> ctypes.CDLL:
         raise ImportError("switched off by QBERT_CPU=off")
     spec = importlib.util.find_spec(f"{__package__}._engine")
     if spec is None or spec.origin is None:
-        raise ImportError("not built: no C++ compiler was found when the package was installed")
+        raise ImportError("not built: no suitable C++ compiler was found when the package was installed")
     try:
         library = ctypes.CDLL(spec.origin)
         for name, (result, arguments) in _SIGNATURES.items():
