@@ -1,8 +1,8 @@
 """The native CPU engine (`native/` of the repository) through ctypes; the only Python that knows its C interface.
 
-Importing this module raises `ImportError` where the engine was not built or does not fit; `ops.py` then stays in
-torch. `QBERT_CPU` caps the instructions used (`scalar`, `avx2`, `vnni`, `avx512`; on Arm `scalar`, `neon`), `off` does
-without the engine; every path gives the same bits.
+Importing this module raises `ImportError` where the engine was not built, does not fit or would be slow; `ops.py` then
+stays in torch. `QBERT_CPU` caps the instructions used (`scalar`, plain loops for tests, `avx2`, `vnni`, `avx512`; on Arm
+`scalar`, `neon`), `off` does without the engine; every path gives the same bits.
 
 Shapes: N rows, O out rows, I in columns, P planes, G groups, B batch, T tokens, C hidden, D head dim, F ghost features
 of k tokens.
@@ -74,6 +74,8 @@ def _load() -> ctypes.CDLL:
         raise ImportError(f"{spec.origin} cannot be used: {error}") from error
     if library.qb_version() != VERSION:
         raise ImportError(f"{spec.origin} has interface version {library.qb_version()}, expected {VERSION}")
+    if library.qb_best_level() == 0 and os.environ.get("QBERT_CPU") != "scalar":
+        raise ImportError(f"plain torch is faster: this CPU has none of {', '.join(LEVELS[1:])}")
     return library
 
 

@@ -1,4 +1,4 @@
-// The reference: plain loops, on every CPU.
+// The reference: plain loops, on every CPU. native.py leaves a CPU that has nothing better to torch.
 
 #include "qbert.h"
 

@@ -1,5 +1,6 @@
 """The engine among threads, forks, and processes without it."""
 
+import ctypes
 import hashlib
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import pytest
 import torch
 
 
@@ -125,3 +127,16 @@ def test_without_the_library_and_with_a_foreign_one(tmp_path):
         assert _answer_in(folder) == ("torch", digest + " said")
     assert _answer_in(PACKAGE.parent, QBERT_CPU="scalar") == ("scalar", digest)
     assert _answer_in(PACKAGE.parent, QBERT_CPU="off") == ("torch", digest + " said")
+
+
+def test_a_cpu_that_the_engine_is_slow_on(monkeypatch):
+    class Slow(ctypes.CDLL):
+        def __getattr__(self, name):
+            return (lambda: 0) if name == "qb_best_level" else super().__getattr__(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", Slow)
+    monkeypatch.delenv("QBERT_CPU", raising=False)
+    with pytest.raises(ImportError, match="plain torch is faster: this CPU has none of"):
+        native._load()
+    monkeypatch.setenv("QBERT_CPU", "scalar")
+    assert native._load().qb_version() == native.VERSION
