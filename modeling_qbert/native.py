@@ -1,8 +1,8 @@
 """The native CPU engine (`native/` of the repository) through ctypes; the only Python that knows its C interface.
 
 Importing this module raises `ImportError` where the engine was not built, does not fit or would be slow; `ops.py` then
-stays in torch. `QBERT_CPU` caps the instructions used (`scalar`, plain loops for tests, `avx2`, `vnni`, `avx512`; on Arm
-`scalar`, `neon`), `off` does without the engine; every path gives the same bits.
+stays in torch. `QBERT_CPU` caps the instructions used (`scalar`, plain loops for tests, `avx2`, `vnni`, `avx512`; on
+Arm `scalar`, `neon`), `off` does without the engine; every path gives the same bits.
 
 Shapes: N rows, O out rows, I in columns, P planes, G groups, B batch, T tokens, C hidden, D head dim, F ghost features
 of k tokens.
