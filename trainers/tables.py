@@ -126,15 +126,44 @@ def _cell(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread} (seeds {len(values)})"
 
 
-def _drop_cell(cell: Sequence[Mapping[str, Any]]) -> str:
-    drops = [main_score(run, "teacher") - main_score(run, "packed") for run in cell]
-    text = _cell(drops)
+def _drops(cell: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [main_score(run, "teacher") - main_score(run, "packed") for run in cell]
+
+
+def _published(cell: Sequence[Mapping[str, Any]]) -> float | None:
+    """The drop that the paper reports for all runs of a cell; None where it has none or several."""
     published = {published_drop(run) for run in cell}
-    if len(published) != 1 or None in published:
+    return published.pop() if len(published) == 1 else None
+
+
+def _beside_the_papers(text: str, drop: float, paper: float | None) -> str:
+    if paper is None:
         return text
-    paper = published.pop()
-    excess = round(statistics.mean(drops) - paper, 2)
+    excess = round(drop - paper, 2)
     return f"{text}, paper {paper:.2f}" + (f", **{excess:.2f} over**" if excess > 0 else "")
+
+
+def _drop_cell(cell: Sequence[Mapping[str, Any]]) -> str:
+    drops = _drops(cell)
+    return _beside_the_papers(_cell(drops), statistics.mean(drops), _published(cell))
+
+
+def _mean_of_columns(columns: Sequence[Sequence[float]]) -> float | None:
+    """Mean of the columns' means; None where a column is empty."""
+    return statistics.mean(map(statistics.mean, columns)) if all(columns) else None
+
+
+def _mean_cell(columns: Sequence[Sequence[float]]) -> str:
+    mean = _mean_of_columns(columns)
+    return "–" if mean is None else f"{mean:.2f}"
+
+
+def _mean_drop_cell(cells: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    mean = _mean_of_columns([_drops(cell) for cell in cells])
+    if mean is None:
+        return "–"
+    published = [_published(cell) for cell in cells]
+    return _beside_the_papers(f"{mean:.2f}", mean, None if None in published else statistics.mean(published))
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -146,7 +175,8 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> str:
 
     Each cell is mean ± sample standard deviation of the packed model's main metric x 100 over the seeds, with their
     number. A drop is teacher minus packed model, seed by seed against the run's own teacher; beside it stands the drop
-    that the paper reports for BERT-base, and by how much ours is above it.
+    that the paper reports for BERT-base, and by how much ours is above it. Of several tasks the last column is the
+    mean, for variants that have all of them.
 
     Args:
         results: contents of `results.json` files, for example from `load_results`.
@@ -158,22 +188,28 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> str:
     titles = []
     for task in grid.tasks:
         titles.append(f"{task_label(task)} ({metric_label(grid.column(task)[0]['main_metric'])})")
-    lines = [_row(["", *map(escape_markdown, titles)]), _row(["---"] * (len(titles) + 1))]
+    several = len(grid.tasks) > 1  # then there is a last column: their mean
+
+    def row(title: str, cells: Iterable[str], mean: str) -> str:
+        return _row([title, *cells, *([mean] if several else [])])
+
+    lines = [row("", map(escape_markdown, titles), "mean"), row("---", ["---"] * len(titles), "---")]
     teachers = {task: grid.teachers(task) for task in grid.tasks}
     if all(len(scores) == 1 for scores in teachers.values()):
-        cells = (_cell(next(iter(teachers[task].values()))) for task in grid.tasks)
-        lines.append(_row(["teacher", *cells]))
+        columns = {"teacher": [next(iter(teachers[task].values())) for task in grid.tasks]}
     else:
-        for model in dict.fromkeys(model for scores in teachers.values() for model in scores):
-            cells = (_cell(teachers[task][model]) if model in teachers[task] else "–" for task in grid.tasks)
-            lines.append(_row([f"teacher {escape_markdown(model)}", *cells]))
+        models = dict.fromkeys(model for scores in teachers.values() for model in scores)
+        columns = {f"teacher {model}": [teachers[task].get(model, []) for task in grid.tasks] for model in models}
+    for title, scores in columns.items():
+        cells = (_cell(column) if column else "–" for column in scores)
+        lines.append(row(escape_markdown(title), cells, _mean_cell(scores)))
     for variant in grid.variants:
-        cells = [grid.cells.get((task, variant), []) for task in grid.tasks]
+        runs = [grid.cells.get((task, variant), []) for task in grid.tasks]
+        scores = [[main_score(run, "packed") for run in cell] for cell in runs]
         title = escape_markdown(variant)
-        lines.append(
-            _row([title, *(_cell([main_score(run, "packed") for run in cell]) if cell else "–" for cell in cells)])
-        )
-        lines.append(_row([f"{title}: drop", *(_drop_cell(cell) if cell else "–" for cell in cells)]))
+        lines.append(row(title, (_cell(column) if column else "–" for column in scores), _mean_cell(scores)))
+        cells = (_drop_cell(cell) if cell else "–" for cell in runs)
+        lines.append(row(f"{title}: drop", cells, _mean_drop_cell(runs)))
     return "\n".join([*lines, "", *(f"- {note}" for note in _notes(grid))]) + "\n"
 
 
@@ -300,7 +336,8 @@ def _notes(grid: Grid) -> list[str]:
     devices = sorted({run["device"] for run in runs})
     return [
         "Main metric x 100 of the packed model, mean ± sample standard deviation over the seeds. Drop: teacher minus "
-        "packed model, each run against its own teacher; negative is a gain.",
+        "packed model, each run against its own teacher; negative is a gain."
+        + (" Mean: of the columns, where a row has all." if len(grid.tasks) > 1 else ""),
         _paper_note(grid, benchmark),
         f"Evaluated on: {', '.join(rows)}. Runs: {len(runs)}. Seeds: {', '.join(map(str, seeds))}. "
         f"Commits: {escape_markdown(', '.join(commit[:7] + commit[40:] for commit in commits))}. "
