@@ -35,8 +35,8 @@ QB_INLINE void store_bytes(Byte* bytes, iv numbers) {
     const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(picked), _mm256_extracti128_si256(picked, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), both);
 #elif defined(QB_NEON)
-    const int16x4_t half = vmovn_s32((int32x4_t)numbers);
-    const int32x2_t picked = vreinterpret_s32_s8(vmovn_s16(vcombine_s16(half, half)));
+    const int16x4_t low = vmovn_s32((int32x4_t)numbers);
+    const int32x2_t picked = vreinterpret_s32_s8(vmovn_s16(vcombine_s16(low, low)));
     const int32_t word = vget_lane_s32(picked, 0);
     __builtin_memcpy(bytes, &word, 4);
 #else
