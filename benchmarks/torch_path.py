@@ -1,10 +1,10 @@
-"""Packed inference and distillation in plain torch, without the native engine, against full precision, as ratios.
+"""Packed inference in plain torch, without the native engine, against full precision, as ratios.
 
     python benchmarks/torch_path.py [--model base|minilm] [--output benchmarks/results]
 
 Weights are random: speed only. Candidates are interleaved round by round; a ratio is the median over rounds of
-fp32 time / packed time (inference) or quantized step / plain step (training). No speed is printed when the packed
-logits are not those of the fake-quant model. Peak memory is that of a fresh process that loads and answers once.
+fp32 time / packed time. No speed is printed when the packed logits are not those of the fake-quant model. Peak memory
+is that of a fresh process that loads and answers once.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import modeling_qbert
 from modeling_qbert import TernaryBertConfig, TernaryBertForSequenceClassification
 from trainers.bench import interleaved, ratio
 from trainers.latency import cpu_name
-from trainers.losses import attention_scores_loss, hidden_states_loss, logits_loss
 from trainers.results import environment
 
 
@@ -60,43 +59,6 @@ def inference(size: str) -> list[dict]:
         print(f"{size:>7} {shape[0]}x{shape[1]:<4} fp32 {row['fp32']:8.1f} ms  packed {row['packed']:8.1f} ms  "
               f"{rows[-1]['ratio']:.2f} times as fast", flush=True)  # fmt: skip
     return rows
-
-
-def training_step(size: str, shape: tuple[int, int] = (32, 32)) -> dict:
-    """One distillation step (all three targets, AdamW) of a fake-quant student against a full-precision one."""
-    teacher = BertForSequenceClassification(BertConfig(**SIZES[size])).eval()
-    students = {
-        "plain": BertForSequenceClassification(BertConfig(**SIZES[size])),
-        "fake-quant": TernaryBertForSequenceClassification(TernaryBertConfig(**SIZES[size])),
-    }
-    inputs = batch(shape)
-    teacher.set_attn_implementation("qbert_scores")
-
-    def step(student: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        capture = {"output_hidden_states": True, "output_attentions": True}
-        with torch.no_grad():
-            target = teacher(**inputs, **capture)
-        output = student(**inputs, **capture)
-        mask = inputs["attention_mask"]
-        loss = logits_loss(output.logits, target.logits)
-        loss = loss + hidden_states_loss(output.hidden_states, target.hidden_states, mask)
-        loss = loss + attention_scores_loss(output.attentions, target.attentions, mask)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    candidates = {}
-    for name, student in students.items():
-        student.set_attn_implementation("qbert_scores")
-        optimizer = torch.optim.AdamW(student.train().parameters(), lr=1e-5)
-        candidates[name] = lambda student=student, optimizer=optimizer: step(student, optimizer)
-    times = interleaved(candidates, rounds=5)
-    result = {name: 1000 * statistics.median(values) for name, values in times.items()}
-    result |= {"batch": shape[0], "tokens": shape[1], "ratio": ratio(times, "fake-quant", "plain")}
-    print(
-        f"{size:>7} distillation step {shape[0]}x{shape[1]}: {result['ratio']:.2f} times the step without fake-quant"
-    )
-    return result
 
 
 def peak_memory(size: str) -> dict[str, float]:
@@ -145,7 +107,6 @@ def main() -> None:
         report["models"][size] = {
             "peak_memory_mb": peak_memory(size),
             "inference": inference(size),
-            "training_step": training_step(size),
         }
     path = Path(arguments.output) / "torch_path.json"
     path.parent.mkdir(parents=True, exist_ok=True)

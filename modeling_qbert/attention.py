@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from .ops import quantized_matmul
-from .quantizers import LsqQuantizer, Quantized, SoftmaxCodes, learned_softmax_codes, softmax_codes
+from .ops import SoftmaxCodes, learned_softmax_codes, quantized_matmul
+from .quantizers import LsqQuantizer, Quantized, softmax_codes
 
 
 MASKED = -1e3  # an additive mask below this hides a key: masks hold 0 and -10,000 or the least number of their type
@@ -44,7 +44,7 @@ def quantized_attention(
     `activation_granularity="per_tensor"` each of the four has one range over the batch, padding excluded. Learned
     quantizers are the module's own `query_quantizer`, `key_quantizer`, `value_quantizer`, `probability_quantizer`.
 
-    Returns the context (B, T, H, D) and the probabilities, or scores if `return_scores`, (B, H, T, T).
+    Returns the context (B, T, H, D) and the probabilities before dropout, or scores if `return_scores`, (B, H, T, T).
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     quantizer = getattr(module.config, "activation_quantizer_spec", None)
@@ -79,18 +79,19 @@ def quantized_attention(
                     Quantized(*(None if x is None else x[index] for x in both)) for index in range(2)
                 )
             value_codes = quantizer(value, token_is_real, dims=(-2, -1))
-        scores = quantized_matmul(query, key.transpose(-1, -2), query_codes, _transposed(key_codes)) * scaling
+        scores = quantized_matmul(query, key.transpose(-1, -2), query_codes, _transposed(key_codes), scaling)
         if attention_mask is not None:
-            scores = scores + attention_mask
+            scores = scores.add_(attention_mask)
+        p = dropout if module.training else 0.0
         if isinstance(learned, LsqQuantizer):
-            probabilities, codes, scale = learned_softmax_codes(scores, learned, rows_are_real)
+            probabilities, carrier, codes, scale = learned_softmax_codes(scores, learned, rows_are_real, p)
+        elif torch.is_grad_enabled() or p:
+            of_softmax = (quantizer.bits, per_tensor, rows_are_real, p)
+            probabilities, carrier, codes, scale = SoftmaxCodes.apply(scores, *of_softmax)
         else:
-            softmax = SoftmaxCodes.apply if torch.is_grad_enabled() else softmax_codes
-            probabilities, codes, scale = softmax(scores, quantizer.bits, per_tensor, rows_are_real)
-        if dropout and module.training:
-            kept = torch.bernoulli(torch.full_like(codes, 1 - dropout))
-            probabilities, codes, scale = probabilities * kept / (1 - dropout), codes * kept, scale / (1 - dropout)
-        context = quantized_matmul(probabilities, value, Quantized(codes, scale), value_codes).to(dtype)
+            probabilities, codes, scale = softmax_codes(scores, quantizer.bits, per_tensor, rows_are_real)
+            carrier = probabilities
+        context = quantized_matmul(carrier, value, Quantized(codes, scale), value_codes).to(dtype)
     return context.transpose(1, 2).contiguous(), scores if return_scores else probabilities
 
 

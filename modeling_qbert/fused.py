@@ -28,7 +28,7 @@ from transformers.utils import logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .ghost import GhostFeatures
-from .layers import FixedGELU, FixedLayerNorm, PackedEmbedding, PackedLinear
+from .layers import FastDropout, FixedGELU, FixedLayerNorm, PackedEmbedding, PackedLinear
 from .memory import lend_buffer, own_buffers, return_free_memory
 from .ops import (
     WHY_NOT_NATIVE,
@@ -334,7 +334,7 @@ def _layer_weights(layer: nn.Module, lend: _Lend) -> "LayerWeights":
 
 
 def _ghosts(dropout: nn.Module) -> "GhostWeights | None":
-    if type(dropout) is nn.Dropout:
+    if type(dropout) in (nn.Dropout, FastDropout):
         return None
     if type(_expect(dropout, GhostFeatures).activation) is not nn.ReLU:
         raise _NotFusedError(f"the engine has no ghost features with {type(dropout.activation).__name__}")

@@ -26,13 +26,14 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from .attention import MASKED
+from .layers import FastDropout
 
 
 PARAMETERS = (".ghost_kernel", ".ghost_scale")  # ends of their names
 _running = threading.local()  # real_tokens of the layer that this thread is in
 
 
-class GhostFeatures(nn.Dropout):
+class GhostFeatures(FastDropout):
     """Adds ghost features to Y (B, T, C). It stands where the backbone has the dropout that follows Y.
 
     Padding is zeroed before the convolution, and rows of the batch never meet: a token sees what it would see alone.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .ops import (
     dequantize_weight,
+    dropout,
     flatten_planes,
     gelu,
     has_fast_int8,
@@ -295,6 +296,13 @@ class FixedGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x) if self.training else gelu(x)
+
+
+class FastDropout(nn.Dropout):
+    """nn.Dropout by `ops.dropout`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training else x
 
 
 class _PackedMixin:

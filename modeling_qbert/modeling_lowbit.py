@@ -26,6 +26,7 @@ from .configuration_qbert import LowBitConfig, low_bit_fields
 from .fused import fuse_backbone, fused_forward_of
 from .integration import QbertConfig, QbertQuantizer, link_decoder, register_quantizer
 from .layers import (
+    FastDropout,
     FixedGELU,
     FixedLayerNorm,
     PackedEmbedding,
@@ -192,6 +193,8 @@ class LowBitMixin:
         for name, module in list(self.base_model.named_modules()):
             if type(module) is nn.LayerNorm:
                 self.base_model.set_submodule(name, FixedLayerNorm(module))
+            elif type(module) is nn.Dropout:
+                self.base_model.set_submodule(name, FastDropout(module.p))
             elif isinstance(getattr(module, "intermediate_act_fn", None), GELUActivation):
                 module.intermediate_act_fn = FixedGELU()
 

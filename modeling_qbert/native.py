@@ -15,7 +15,7 @@ import os
 import platform
 import weakref
 from collections.abc import Sequence
-from ctypes import c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from typing import NamedTuple
 
 import torch
@@ -25,12 +25,13 @@ from .packing import packed_columns as row_bytes
 from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
 
 
-VERSION = 8  # of the C interface
+VERSION = 9  # of the C interface
 LEVELS = ("scalar", "neon") if platform.machine() in ("aarch64", "arm64") else ("scalar", "avx2", "vnni", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
 OUT_OF_TABLE, HIDDEN_START = -2, -3  # answers of `qb_encoder_forward` that torch can explain better
 
+_DROPOUT = [c_uint64, c_uint32, c_float]
 _SIGNATURES = {
     "qb_version": (c_int, []),
     "qb_best_level": (c_int, []),
@@ -48,6 +49,10 @@ _SIGNATURES = {
     "qb_layer_norm": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float]),
     "qb_attention": (c_int, [*[c_void_p] * 3, c_int64, c_int64, c_float, *[c_void_p] * 3]),
     "qb_ghosts": (c_int, [c_void_p, c_void_p, *[c_int64] * 5, *[c_void_p] * 3]),
+    "qb_dropout": (None, [c_void_p, c_int64, c_int64, *_DROPOUT, c_void_p, c_int]),
+    "qb_scale": (None, [c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_float, c_float, c_int]),
+    "qb_softmax_codes": (None, [c_void_p, c_int64, c_int64, c_float, *_DROPOUT, *[c_void_p] * 3, c_int]),
+    "qb_softmax_gradient": (None, [c_void_p, c_void_p, c_int64, c_int64, *_DROPOUT, c_void_p, c_int]),
     "qb_encoder_new": (c_void_p, [*[c_int64] * 5, c_int, c_float]),
     "qb_encoder_free": (None, [c_void_p]),
     "qb_encoder_layer": (c_int, [c_void_p, c_int64, *[c_void_p] * 10, c_float]),
@@ -329,6 +334,83 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, places:
     of_places = _places(places, [query.shape[1]] * 3 + [0])
     _check(_library.qb_attention(*inputs, *query.shape, scaling, *of_places, context.data_ptr()))
     return context
+
+
+class Dropout(NamedTuple):
+    """Dropout of a share p < 1 of numbers; which ones follows from a seed below 2^64, not from threads or CPU."""
+
+    seed: int
+    p: float
+
+    def parts(self) -> tuple[int, int, float]:
+        return self.seed, round(self.p * 2**32), 1 / (1 - self.p)
+
+
+def drop(x: Tensor, dropout: Dropout) -> Tensor:
+    """x (..., I) float32 with 0 for what is dropped, the rest divided by 1 - p; its own gradient as well."""
+    y = torch.empty_like(x)
+    sizes = (x.numel() // x.shape[-1], x.shape[-1], *dropout.parts())
+    _library.qb_dropout(_address(x, torch.float32), *sizes, y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+Factors = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def scale_products(y: Tensor, of_rows: Factors, of_columns: Factors, terms: int, factor: float) -> Tensor:
+    """What `ops._product` does to products of codes over `terms` columns, in place of float32 y (..., N, M).
+
+    Scale, offset and sums of codes of the rows (..., N, 1); scale, offset and sums of codes times scale of the columns
+    (..., 1, M); all broadcastable. The sums are None where the other side has no offset.
+    """
+    lead, (rows, columns) = y.shape[:-2], y.shape[-2:]
+    of_rows = [None if x is None else x.expand(*lead, rows, 1).contiguous() for x in of_rows]
+    of_columns = [None if x is None else x.expand(*lead, 1, columns).contiguous() for x in of_columns]
+    _library.qb_scale(
+        _address(y, torch.float32),
+        lead.numel(),
+        rows,
+        columns,
+        (c_void_p * 3)(*(_address(part, torch.float32) for part in of_rows)),
+        (c_void_p * 3)(*(_address(part, torch.float32) for part in of_columns)),
+        terms,
+        factor,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def softmax_codes(scores: Tensor, bits: int, dropout: Dropout) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantizers.softmax_codes` of float32 scores (..., I); codes and scale (..., 1) are those after dropout."""
+    probabilities, codes = torch.empty_like(scores), torch.empty_like(scores)
+    scale = torch.empty(*scores.shape[:-1], 1)
+    _library.qb_softmax_codes(
+        _address(scores, torch.float32),
+        scale.numel(),
+        scores.shape[-1],
+        2**bits - 1,
+        *dropout.parts(),
+        probabilities.data_ptr(),
+        codes.data_ptr(),
+        scale.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return probabilities, codes, scale
+
+
+def softmax_gradient(gradient: Tensor, probabilities: Tensor, dropout: Dropout) -> Tensor:
+    """Gradient of the scores from that of the probabilities after dropout, float32 (..., I) all three."""
+    out = torch.empty_like(gradient)
+    _library.qb_softmax_gradient(
+        _address(gradient, torch.float32),
+        _address(probabilities, torch.float32, gradient.shape),
+        gradient.numel() // gradient.shape[-1],
+        gradient.shape[-1],
+        *dropout.parts(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 class GhostWeights(NamedTuple):

@@ -11,28 +11,36 @@ Shapes: N tokens (any leading dims flattened), O out rows, I in columns, G group
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from .quantizers import Quantized, expand_scale
+from .quantizers import LsqQuantizer, Quantized, expand_scale, softmax_codes
 
 
 try:
     from .native import (
+        Dropout,
         EmbeddingTables,
         GhostWeights,
         LayerWeights,
         NativeDense,
         NativeEncoder,
         NativeWeight,
+        drop,
         place_of,
+        scale_products,
+        softmax_gradient,
         supports,
     )
+    from .native import softmax_codes as native_softmax_codes
     from .native_ops import traced_linear
 
     WHY_NOT_NATIVE = ""
 except ImportError as _error:  # built without a compiler, or copied as remote code
     EmbeddingTables = GhostWeights = LayerWeights = NativeDense = NativeEncoder = NativeWeight = None
     place_of = supports = traced_linear = None
+    Dropout = drop = native_softmax_codes = scale_products = softmax_gradient = None
     WHY_NOT_NATIVE = str(_error)
 
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32
@@ -200,26 +208,45 @@ def quantized_linear(
     return _LinearCodes.apply(x, latent_weight, bias, *activation, *weight[:2], bound, group_size, planes)
 
 
-def _product(a: Quantized, b: Quantized) -> Tensor:
-    """a (..., N, K) @ b (..., K, M) of float codes, scales broadcastable outside K: exact sums, then scales."""
-    y = (a.codes @ b.codes).mul_(a.scale * b.scale)
+def _is_native(*tensors: Tensor) -> bool:
+    """Whether the engine takes a training step's tensors: eager float32 on the CPU."""
+    if drop is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(
+        type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors
+    )
+
+
+def _product(a: Quantized, b: Quantized, factor: float, training: bool = False) -> Tensor:
+    """a (..., N, K) @ b (..., K, M) of float codes, scales and offsets broadcastable outside K: exact sums, then
+
+    (sums * (a scale * b scale) + a's sums of codes * a scale * b offset + a offset * b's sums of codes * b scale
+    + K * a offset * b offset) * factor.
+    """
+    y, terms = a.codes @ b.codes, a.codes.shape[-1]
+    a_sum = None if b.offset is None else a.codes.sum(-1, keepdim=True)
+    b_sum = None if a.offset is None else b.codes.sum(-2, keepdim=True) * b.scale
+    if training and _is_native(y, a.scale, b.scale):
+        return scale_products(y, (a.scale, a.offset, a_sum), (b.scale, b.offset, b_sum), terms, factor)
+    y.mul_(a.scale * b.scale)
     if b.offset is not None:
-        y.add_((a.codes.sum(-1, keepdim=True) * a.scale) * b.offset)
+        y.add_((a_sum * a.scale) * b.offset)
     if a.offset is not None:
-        y.add_(a.offset * (b.codes.sum(-2, keepdim=True) * b.scale))
+        y.add_(a.offset * b_sum)
         if b.offset is not None:
-            y.add_(a.codes.shape[-1] * a.offset * b.offset)
-    return y
+            y.add_(terms * a.offset * b.offset)
+    return y if factor == 1 else y.mul_(factor)
 
 
 class _MatmulCodes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, a_codes, a_scale, a_offset, b_codes, b_scale, b_offset):  # noqa: ARG004
+    def forward(ctx, _a, _b, a_codes, a_scale, a_offset, b_codes, b_scale, b_offset, factor):
         ctx.save_for_backward(a_codes, a_scale, a_offset, b_codes, b_scale, b_offset)
-        device = a_codes.device.type
+        device, ctx.factor = a_codes.device.type, factor
         ctx.backward_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         with torch.autocast(device, enabled=False):
-            return _product(Quantized(a_codes, a_scale, a_offset), Quantized(b_codes, b_scale, b_offset))
+            a, b = Quantized(a_codes, a_scale, a_offset), Quantized(b_codes, b_scale, b_offset)
+            return _product(a, b, factor, training=True)
 
     @staticmethod
     def backward(ctx, grad):
@@ -227,25 +254,108 @@ class _MatmulCodes(torch.autograd.Function):
         dtype = ctx.backward_dtype
         grad_a = grad_b = None
         with torch.autocast(grad.device.type, enabled=False):
-            grad = grad.to(dtype)
             if ctx.needs_input_grad[0]:
-                b = Quantized(b_codes, b_scale, b_offset).dequantize()
-                grad_a = (grad @ b.to(dtype).transpose(-1, -2)).float()
+                b = Quantized(b_codes, b_scale, b_offset).dequantize() * ctx.factor
+                grad_a = (grad.to(dtype) @ b.to(dtype).transpose(-1, -2)).float()
             if ctx.needs_input_grad[1]:
-                a = Quantized(a_codes, a_scale, a_offset).dequantize()
-                grad_b = (a.to(dtype).transpose(-1, -2) @ grad).float()
-        return grad_a, grad_b, *(None,) * 6
+                if a_offset is None:  # codes are exact in any float type; the scale of a row is folded into the other
+                    a, other = a_codes, grad * (a_scale * ctx.factor)
+                else:
+                    a, other = Quantized(a_codes, a_scale, a_offset).dequantize() * ctx.factor, grad
+                grad_b = (a.to(dtype).transpose(-1, -2) @ other.to(dtype)).float()
+        return grad_a, grad_b, *(None,) * 7
 
 
-def quantized_matmul(a: Tensor, b: Tensor, a_quantized: Quantized, b_quantized: Quantized) -> Tensor:
-    """Batched product of the codes of a (..., N, K) and b (..., K, M), differentiable in a and b (straight through).
+def quantized_matmul(
+    a: Tensor, b: Tensor, a_quantized: Quantized, b_quantized: Quantized, factor: float = 1.0
+) -> Tensor:
+    """Batched product of the codes of a (..., N, K) and b (..., K, M) times a factor, differentiable in a and b
+    (straight through), whose own values do not matter.
 
     Codes are float whole numbers; sums are exact while K * largest code product <= 2^24: for 8-bit attention, head
     dims up to 1,040 and up to 518 tokens.
     """
     if not torch.is_grad_enabled():
-        return _product(a_quantized, b_quantized)
-    return _MatmulCodes.apply(a, b, *a_quantized, *b_quantized)
+        return _product(a_quantized, b_quantized, factor)
+    return _MatmulCodes.apply(a, b, *a_quantized, *b_quantized, factor)
+
+
+class SoftmaxCodes(torch.autograd.Function):
+    """`softmax_codes` of scores, then dropout of a share p of the codes, differentiable once.
+
+    Gives the probabilities before dropout; zeros that stand for those after it in `quantized_matmul` and carry their
+    gradient; the codes after it and their scale.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | None, p: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kept = ctx.dropped = None
+        if p < 1 and not per_tensor and _is_native(scores):
+            ctx.dropped = Dropout(_seed() if p else 0, p)
+            probabilities, codes, scale = native_softmax_codes(scores.contiguous(), bits, ctx.dropped)
+        else:
+            probabilities, codes, scale = softmax_codes(scores, bits, per_tensor, valid)
+            if p:
+                kept = F.dropout(torch.ones_like(codes), p)
+                codes, scale = codes * kept.sign(), scale / (1 - p) if p < 1 else scale
+        ctx.save_for_backward(probabilities, kept)
+        ctx.mark_non_differentiable(codes, scale)
+        ctx.set_materialize_grads(False)
+        return probabilities, scores.new_zeros(()).expand(scores.shape), codes, scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None, grad_dropped: Tensor | None, *_: None):
+        probabilities, kept = ctx.saved_tensors
+        if ctx.dropped is not None and grad is None and _is_native(grad_dropped):
+            return softmax_gradient(grad_dropped.contiguous(), probabilities, ctx.dropped), *(None,) * 4
+        if grad_dropped is not None:
+            if ctx.dropped is not None:
+                grad_dropped = drop(grad_dropped.float().contiguous(), ctx.dropped)
+            elif kept is not None:
+                grad_dropped = grad_dropped * kept
+            grad = grad_dropped if grad is None else grad + grad_dropped
+        product = probabilities * grad
+        return torch.addcmul(product, probabilities, product.sum(-1, keepdim=True), value=-1), *(None,) * 4
+
+
+def learned_softmax_codes(
+    scores: Tensor, quantizer: LsqQuantizer, valid: Tensor | None, p: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `SoftmaxCodes`, with unsigned codes of a learned step."""
+    if torch.is_grad_enabled():
+        probabilities = SoftmaxCodes.apply(scores, 8, False, None)[0]
+    else:
+        probabilities = softmax_codes(scores, 8, False, None)[0]
+    carrier, (codes, scale, _) = quantizer.quantize(probabilities, valid)
+    if p:
+        kept = dropout(torch.ones_like(codes), p)
+        carrier, codes, scale = carrier * kept, codes * kept.sign(), scale / (1 - p) if p < 1 else scale
+    return probabilities, carrier, codes, scale
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float) -> Tensor:
+        ctx.dropped = Dropout(_seed(), p)
+        return drop(x.contiguous(), ctx.dropped)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return drop(grad.contiguous(), ctx.dropped), None
+
+
+def _seed() -> int:
+    """Of torch's generator, whose state checkpoints keep."""
+    return int(torch.randint(2**63 - 1, ()))
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zeros for a share p of x, the rest divided by 1 - p; torch's CPU kernel would draw number by number."""
+    return _Dropped.apply(x, p) if 0 < p < 1 and x.numel() and _is_native(x) else F.dropout(x, p)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

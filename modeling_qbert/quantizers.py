@@ -416,34 +416,3 @@ def softmax_codes(scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | N
         largest = rows.amax().view(1, 1, 1, 1).clamp_min(TINY)
         return probabilities, torch.round(probabilities * (levels / largest)).clamp_max(levels), largest / levels
     return probabilities, (e * levels).round_(), 1 / (levels * total)
-
-
-def learned_softmax_codes(
-    scores: Tensor, quantizer: LsqQuantizer, valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over the last dim whose result also comes as unsigned codes of a learned step: as `softmax_codes`."""
-    if torch.is_grad_enabled():
-        probabilities = SoftmaxCodes.apply(scores, 8, False, None)[0]
-    else:
-        probabilities = softmax_codes(scores, 8, False, None)[0]
-    probabilities, quantized = quantizer.quantize(probabilities, valid)
-    return probabilities, quantized.codes, quantized.scale
-
-
-class SoftmaxCodes(torch.autograd.Function):
-    """`softmax_codes`, differentiable: the gradient of the probabilities is that of softmax, codes have none."""
-
-    @staticmethod
-    def forward(
-        ctx, scores: Tensor, bits: int, per_tensor: bool, valid: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        probabilities, codes, scale = softmax_codes(scores, bits, per_tensor, valid)
-        ctx.save_for_backward(probabilities)
-        ctx.mark_non_differentiable(codes, scale)
-        return probabilities, codes, scale
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, grad_codes: Tensor, grad_scale: Tensor):  # noqa: ARG004
-        (probabilities,) = ctx.saved_tensors
-        product = probabilities * grad
-        return torch.addcmul(product, probabilities, product.sum(-1, keepdim=True), value=-1), None, None, None

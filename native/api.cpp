@@ -173,12 +173,26 @@ void multiply(const Job& job, int thread, const Team& team) {
                      vectors * (thread + 1) / team.size(), job.y, job.weight->padded_rows());
 }
 
+// body(row) for every row, shared among threads.
+template <typename Body>
+void for_rows(long rows, int threads, const Body& body) {
+    struct Work {
+        const Body& body;
+        long rows;
+    } work{body, rows};
+    run_team(std::max(threads, 1), [](void* context, int thread, Team& team) {
+        const Work& work = *static_cast<Work*>(context);
+        const long last = work.rows * (thread + 1) / team.size();
+        for (long row = work.rows * thread / team.size(); row < last; ++row) work.body(row);
+    }, &work);
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
 extern "C" {
 
-int qb_version() { return 8; }
+int qb_version() { return 9; }
 
 int qb_best_level() { return best_level(); }
 
@@ -332,6 +346,48 @@ int qb_attention(const float* query, const float* key, const float* value, int64
     return kDone;
 } catch (const std::bad_alloc&) {
     return kNoMemory;
+}
+
+// y (N, I) of x (N, I), without the numbers whose 32 random bits lie below `below`, the others times `factor`.
+void qb_dropout(const float* x, int64_t rows, int64_t columns, uint64_t seed, uint32_t below, float factor, float* y,
+                int threads) {
+    const Dropout dropout{seed, below, factor};
+    for_rows(rows, threads, [&](long row) {
+        kernels().dropout(x + row * columns, columns, dropout, row, y + row * columns);
+    });
+}
+
+// y (B, N, M), products of codes over `terms` columns, in place. of_rows: scale, offset or null, sum or null (B, N each);
+// of_columns: scale, offset or null, and sum times scale or null (B, M each).
+void qb_scale(float* y, int64_t batch, int64_t rows, int64_t columns, const float* const* of_rows,
+              const float* const* of_columns, float terms, float factor, int threads) {
+    for_rows(batch * rows, threads, [&](long row) {
+        const auto number = [row](const float* numbers) { return numbers ? numbers[row] : 0.0f; };
+        const auto line = [&](const float* numbers) { return numbers ? numbers + row / rows * columns : nullptr; };
+        const Factors factors{number(of_rows[0]), number(of_rows[1]), number(of_rows[2]), terms, factor,
+                              line(of_columns[0]), line(of_columns[1]), line(of_columns[2])};
+        kernels().scale(factors, columns, y + row * columns);
+    });
+}
+
+// Probabilities and codes (N, I) of scores (N, I), codes after dropout with their scales (N).
+void qb_softmax_codes(const float* scores, int64_t rows, int64_t columns, float levels, uint64_t seed, uint32_t below,
+                      float factor, float* probabilities, float* codes, float* scale, int threads) {
+    const Dropout dropout{seed, below, factor};
+    for_rows(rows, threads, [&](long row) {
+        const long at = row * columns;
+        kernels().softmax_codes(scores + at, columns, levels, dropout, row, probabilities + at, codes + at, scale + row);
+    });
+}
+
+// out (N, I), the gradient of the scores, from that of the probabilities after dropout.
+void qb_softmax_gradient(const float* gradient, const float* probabilities, int64_t rows, int64_t columns,
+                         uint64_t seed, uint32_t below, float factor, float* out, int threads) {
+    const Dropout dropout{seed, below, factor};
+    for_rows(rows, threads, [&](long row) {
+        const long at = row * columns;
+        kernels().softmax_gradient(gradient + at, probabilities + at, columns, dropout, row, out + at);
+    });
 }
 
 void* qb_encoder_new(int64_t layers, int64_t hidden, int64_t heads, int64_t head_size, int64_t intermediate,

@@ -39,6 +39,8 @@ void multiply(const uint8_t* codes, const uint8_t* x, long depth, long pieces, i
 
 #include "ghost.inl"
 
+#include "training.inl"
+
 }  // namespace
 
 long attention_scratch(long tokens, long size) {
@@ -47,6 +49,7 @@ long attention_scratch(long tokens, long size) {
 }
 
 const Kernels kScalarKernels = {operand_blocks, sums_blocks, linear_blocks, quantize_row,   range_row,     gelu_row,
-                                relu_row,    layer_norm_row, attention_head, ghost_row};
+                                relu_row,    layer_norm_row, attention_head, ghost_row,
+                                dropout_row, scale_row, softmax_codes_row, softmax_gradient_row};
 
 }  // namespace qbert

@@ -139,7 +139,21 @@ struct Head {
     uint8_t* scratch;  // attention_scratch(tokens, size) bytes, aligned
 };
 
-// One compiled path. Every path gives the same bits.
+// Dropout of training: numbers whose 32 bits, drawn from the seed, lie below `below` become 0, others grow by a factor.
+struct Dropout {
+    uint64_t seed;
+    uint32_t below;
+    float factor;
+};
+
+// What turns a row of a product of codes over `terms` columns into numbers: its scale, its offset and the sum of its
+// codes; the scales (M) of the columns, their offsets or null, and, null if rows have no offset, sums times scale.
+struct Factors {
+    float scale, offset, sum, terms, factor;
+    const float *column_scale, *column_offset, *column_sum;
+};
+
+// One compiled path. Every path gives the same bits, but the sum in a gradient.
 struct Kernels {
     // Bytes in which a product with such codes keeps the form of x that it multiplies.
     long (*operand)(const Weight&, const Alphabet&);
@@ -156,6 +170,12 @@ struct Kernels {
     void (*attention)(const Head&);
     // out (n) = taps[k / 2] + the sum over features of scale * relu(the sum over k of kernel * taps[k]).
     void (*ghost)(const Ghosts&, const float* const* taps, long n, float* out);
+    void (*dropout)(const float* x, long n, const Dropout&, long row, float* y);
+    void (*scale)(const Factors&, long n, float* y);
+    void (*softmax_codes)(const float* scores, long n, float levels, const Dropout&, long row, float* probabilities,
+                          float* codes, float* scale);
+    void (*softmax_gradient)(const float* gradient, const float* probabilities, long n, const Dropout&, long row,
+                             float* out);
 };
 
 #if defined(__aarch64__)

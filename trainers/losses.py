@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -199,13 +200,28 @@ def attention_scores_loss(
     return total / (_count(count, items) * heads)
 
 
+class _SquaredError(torch.autograd.Function):
+    """Sum of squared differences outside the padding; one pass backward, where autograd takes four."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, padding: Tensor | None) -> Tensor:
+        difference = student - teacher
+        if padding is not None:
+            # before squaring: finfo.min squared is inf, and its gradient NaN
+            difference.masked_fill_(padding, 0)
+        ctx.save_for_backward(difference)
+        return difference.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (difference,) = ctx.saved_tensors
+        towards = difference * (2 * grad)
+        return towards, -towards if ctx.needs_input_grad[1] else None, None
+
+
 def _squared_error(target: str, student: Tensor, teacher: Tensor, padding: Tensor | None) -> Tensor:
-    student, teacher = _pair(target, student, teacher)
-    difference = student - teacher
-    if padding is not None:
-        # before squaring: finfo.min squared is inf, and its gradient NaN
-        difference.masked_fill_(padding, 0)
-    return difference.square().sum()
+    return _SquaredError.apply(*_pair(target, student, teacher), padding)
 
 
 def _pair(target: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

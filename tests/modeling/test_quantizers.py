@@ -3,13 +3,19 @@ import torch
 
 from modeling_qbert import ops
 from modeling_qbert.layers import WeightSpec
-from modeling_qbert.ops import dequantize_weight, linear_codes, matmul_codes, quantized_linear, quantized_matmul
+from modeling_qbert.ops import (
+    SoftmaxCodes,
+    dequantize_weight,
+    linear_codes,
+    matmul_codes,
+    quantized_linear,
+    quantized_matmul,
+)
 from modeling_qbert.quantizers import (
     GRANULARITIES,
     WEIGHT_QUANTIZERS,
     ActivationQuantizer,
     Quantized,
-    SoftmaxCodes,
     codes_from_lat_scale,
     expand_scale,
     lat_scale,
@@ -251,32 +257,68 @@ def test_matmul_is_the_dequantized_product_and_its_gradients(symmetric, bits):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture(params=["native", "torch"])
+def softmax_path(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(ops, "drop", None)
+    elif ops.drop is None:
+        pytest.skip("the native engine is not there")
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("per_tensor", [True, False])
-def test_softmax_codes(bits, per_tensor):
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_softmax_codes(softmax_path, bits, per_tensor, p):  # noqa: ARG001
     scores = (3 * torch.randn(2, 2, 5, 5)).requires_grad_()
     mask = torch.zeros(2, 1, 1, 5)
     mask[1, ..., 3:] = torch.finfo(torch.float32).min
     valid = (mask == 0).transpose(-1, -2) if per_tensor else None
-    probabilities, codes, scale = SoftmaxCodes.apply(scores + mask, bits, per_tensor, valid)
+    probabilities, carrier, codes, scale = SoftmaxCodes.apply(scores + mask, bits, per_tensor, valid, p)
     expected = torch.softmax(scores + mask, -1)
     torch.testing.assert_close(probabilities, expected)
     assert torch.equal(codes, codes.round()) and codes.min() >= 0 and codes.max() == 2**bits - 1
     assert not codes[1, ..., 3:].any()
     real = slice(None) if not per_tensor else slice(0, 3)
-    error = (codes * scale - expected).abs()
+    # What dropout keeps shows in the gradient: of a sum of probabilities it is 1 / (1 - p) there, before the softmax.
+    every_code = SoftmaxCodes.apply(scores + mask, bits, per_tensor, valid)[2]
+    kept = (codes > 0) | (every_code == 0)
+    error = (codes * scale * (1 - p) - expected * kept).abs()
     assert bool((error <= scale / 2 * (1 + 1e-4))[:, :, real].all())
+    dropped = int((~kept).sum())
+    assert (dropped == 0) == (p == 0) and torch.equal(codes, every_code * kept)
     grad = torch.randn_like(expected)
-    (one,), (two,) = torch.autograd.grad(probabilities, scores, grad), torch.autograd.grad(expected, scores, grad)
+    (one,), (two,) = (torch.autograd.grad(x, scores, grad, retain_graph=True) for x in (probabilities, expected))
     torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+    if bits == 8 and bool((every_code > 0)[0].all()):  # sentence 0 has no padding: each dropped number shows
+        (one,) = torch.autograd.grad(carrier, scores, grad, retain_graph=True)
+        (two,) = torch.autograd.grad(expected * kept / (1 - p), scores, grad, retain_graph=True)
+        torch.testing.assert_close(one[0], two[0], atol=1e-6, rtol=1e-5)
+    (both,) = torch.autograd.grad([probabilities, carrier], scores, [grad, 2 * grad], retain_graph=True)
+    (first,), (second,) = (torch.autograd.grad(x, scores, grad, retain_graph=True) for x in (probabilities, carrier))
+    torch.testing.assert_close(both, first + 2 * second, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_softmax_codes_do_not_see_padding(bits):
+def test_softmax_codes_do_not_see_padding(softmax_path, bits):  # noqa: ARG001
     scores = 3 * torch.randn(1, 2, 4, 4)
     padded = torch.cat([scores, torch.full((1, 2, 4, 9), torch.finfo(torch.float32).min)], -1)
     alone, wide = SoftmaxCodes.apply(scores, bits, False, None), SoftmaxCodes.apply(padded, bits, False, None)
-    assert torch.equal(alone[1], wide[1][..., :4]) and torch.equal(alone[2], wide[2])
+    assert torch.equal(alone[2], wide[2][..., :4]) and torch.equal(alone[3], wide[3])
+
+
+def test_dropout_follows_the_seed_and_keeps_the_mean(softmax_path):  # noqa: ARG001
+    x = torch.randn(7, 300, 33).requires_grad_()
+    torch.manual_seed(5)
+    first = ops.dropout(x, 0.1)
+    (grad,) = torch.autograd.grad(first, x, torch.ones_like(x))
+    torch.manual_seed(5)
+    again, other = ops.dropout(x, 0.1), ops.dropout(x, 0.1)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    kept = grad != 0
+    assert abs(float(kept.float().mean()) - 0.9) < 0.005  # 69,300 numbers: standard deviation 0.0011
+    torch.testing.assert_close(first, torch.where(kept, x / 0.9, 0.0))
+    torch.testing.assert_close(grad, kept / 0.9)
+    assert torch.equal(ops.dropout(x, 0.0), x) and not ops.dropout(x, 1.0).any()
 
 
 def test_gradients_under_autocast_keep_an_exact_forward():

@@ -87,6 +87,20 @@ def test_attention(level, fence, tokens, size):  # noqa: ARG001
 
 
 @pytest.mark.parametrize("columns", SIZES)
+def test_steps_of_training(level, fence, columns):  # noqa: ARG001
+    x, gradient, dropout = torch.randn(2, 3, columns), torch.randn(2, 3, columns), native.Dropout(7, 0.3)
+    found = native.drop(fence(x), dropout), *native.softmax_codes(fence(x), 8, dropout)
+    expected = native.drop(x, dropout), *native.softmax_codes(x, 8, dropout)
+    found += (native.softmax_gradient(fence(gradient), fence(expected[1]), dropout),)
+    expected += (native.softmax_gradient(gradient, expected[1], dropout),)
+    of_rows = [torch.randn(2, 3, 1) for _ in range(3)]
+    of_columns = [torch.randn(2, 1, columns) for _ in range(3)]
+    found += (native.scale_products(fence(x), [*map(fence, of_rows)], [*map(fence, of_columns)], 5, 0.3),)
+    expected += (native.scale_products(x.clone(), of_rows, of_columns, 5, 0.3),)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("columns", SIZES)
 def test_ghost_features(level, fence, columns):  # noqa: ARG001
     y, real = torch.randn(2, 9, columns), torch.rand(2, 9) < 0.7
     rows, places = y[real], real.flatten().nonzero().flatten()

@@ -11,7 +11,7 @@ import torch
 from modeling_qbert import ghost, native, ops
 from modeling_qbert.attention import quantized_attention
 from modeling_qbert.layers import _quantize_input
-from modeling_qbert.quantizers import ActivationQuantizer, LsqQuantizer, PactQuantizer
+from modeling_qbert.quantizers import ActivationQuantizer, LsqQuantizer, PactQuantizer, softmax_codes
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -131,3 +131,47 @@ def test_random_ghosts(level):
             patch.setattr(ghost, "_running", types.SimpleNamespace(real_tokens=real))
             expected = module(y)[real]
         assert torch.equal(native.ghost_features(y, real, weights), expected), (tokens, features, size, columns)
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 33, 130])
+def test_softmax_codes_and_gradient(level, columns):  # noqa: ARG001
+    scores, nothing, dropped = 4 * torch.randn(3, 7, columns), native.Dropout(0, 0.0), native.Dropout(2**63 + 11, 0.3)
+    scores[1, :, columns // 2 + 1 :] += torch.finfo(torch.float32).min
+    expected, codes, scale = softmax_codes(scores, 8, False, None)
+    found = native.softmax_codes(scores, 8, nothing)
+    torch.testing.assert_close(found[0], expected, atol=1e-30, rtol=1e-6)
+    assert torch.equal(found[1], codes) and torch.equal(found[2], scale)
+    kept = native.drop(torch.ones_like(scores), dropped)
+    found = native.softmax_codes(scores, 8, dropped)
+    assert torch.equal(found[1], codes * kept.sign()) and torch.equal(found[2], scale * (1 / (1 - 0.3)))
+    leaf, gradient = scores.clone().requires_grad_(), torch.randn_like(scores)
+    (torch.softmax(leaf, -1) * kept).backward(gradient)
+    torch.testing.assert_close(native.softmax_gradient(gradient, found[0], dropped), leaf.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offsets", itertools.product((True, False), repeat=2))
+def test_scaled_products(level, offsets):  # noqa: ARG001
+    y, rows, columns = torch.randn(2, 3, 5, 37), torch.rand(2, 3, 5, 1), torch.rand(2, 1, 1, 37)
+    a, b = (part if has else None for part, has in zip((torch.randn_like(rows), torch.randn(2, 3, 1, 1)), offsets))
+    sums = torch.randn(2, 3, 5, 1), torch.randn(2, 3, 1, 37)
+    expected = y * (rows * columns)
+    expected = expected if b is None else expected + sums[0] * rows * b
+    expected = expected if a is None else expected + a * sums[1]
+    expected = expected if None in (a, b) else expected + 32 * a * b
+    of_rows, of_columns = (rows, a, None if b is None else sums[0]), (columns, b, None if a is None else sums[1])
+    assert torch.equal(native.scale_products(y.clone(), of_rows, of_columns, 32, 0.7), expected * 0.7)
+
+
+def test_dropout_is_that_of_every_path_and_random(level):
+    x, dropped = torch.randn(40, 1000), native.Dropout(2**64 - 3, 0.5)
+    y = native.drop(x, dropped)
+    native.set_level("scalar")
+    assert torch.equal(y, native.drop(x, dropped))
+    native.set_level(level)
+    signs = (native.drop(torch.ones(1000, 1024), dropped) - 1).double()
+    assert abs(float(signs.mean())) < 5e-3  # five standard deviations
+    for shift in (1, 2, 16, 512):  # neighbours in a row, rows, and the same places of another seed
+        assert abs(float((signs * signs.roll(shift, 1)).mean())) < 5e-3
+        assert abs(float((signs * signs.roll(shift, 0)).mean())) < 5e-3
+        other = native.drop(torch.ones(1000, 1024), native.Dropout(shift, 0.5)) - 1
+        assert abs(float((signs * other).mean())) < 5e-3

@@ -1,0 +1,100 @@
+"""A distillation step on the CPU: with the native engine, in plain torch, and of a student that is not quantized.
+
+    python benchmarks/training_step.py [--threads N] [--output benchmarks/results]
+
+Teacher and student have MiniLM-L6's shape and random weights: speed only. One step is teacher and student forward, all
+three losses, backward and AdamW, with products in bfloat16 as in the recipes. Candidates are interleaved round by
+round; a ratio is the median over rounds. No speed is printed where the engine changes a student's answer.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from modeling_qbert import TernaryBertConfig, TernaryBertForSequenceClassification, ops
+from trainers.bench import interleaved, ratio
+from trainers.latency import cpu_name
+from trainers.losses import attention_scores_loss, hidden_states_loss, logits_loss
+from trainers.results import environment
+
+
+SHAPES = ((32, 16), (32, 64), (16, 128), (16, 256), (16, 384))  # batch, tokens
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+ROUNDS = 5
+DROP = ops.drop  # None where there is no engine
+
+
+def measure(shape: tuple[int, int]) -> dict:
+    """Milliseconds of a step (batch, tokens) and the ratios of plain torch and of no quantization to the engine's."""
+    torch.manual_seed(0)
+    teacher = BertForSequenceClassification(BertConfig(**MINILM)).eval()
+    ids = torch.randint(1000, 20000, shape)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    students = {
+        "not quantized": BertForSequenceClassification(BertConfig(**MINILM)),
+        "torch": TernaryBertForSequenceClassification(TernaryBertConfig(**MINILM)),
+    }
+    students["engine"] = students["torch"]
+    for model in (teacher, *students.values()):
+        model.set_attn_implementation("qbert_scores")
+
+    def outputs(model: torch.nn.Module):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**inputs, output_hidden_states=True, output_attentions=True)
+
+    def step(name: str, optimizer: torch.optim.Optimizer) -> None:
+        ops.drop = DROP if name == "engine" else None
+        with torch.no_grad():
+            target = outputs(teacher)
+        output = outputs(students[name])
+        loss = logits_loss(output.logits.float(), target.logits.float())
+        loss = loss + hidden_states_loss(output.hidden_states, target.hidden_states, inputs["attention_mask"])
+        loss = loss + attention_scores_loss(output.attentions, target.attentions, inputs["attention_mask"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    student = students["engine"].eval()
+    answers = []
+    for drop in (DROP, None):
+        ops.drop = drop
+        answers.append(outputs(student).logits)  # with gradients, as in training
+    if not torch.equal(*answers):
+        raise SystemExit(f"{shape}: the engine changes the student's logits; no speed printed")
+    candidates = {}
+    for name, student in students.items():
+        optimizer = torch.optim.AdamW(student.train().parameters(), lr=1e-5)
+        candidates[name] = lambda name=name, optimizer=optimizer: step(name, optimizer)
+    times = interleaved(candidates, rounds=ROUNDS)
+    row = {name: 1000 * statistics.median(values) for name, values in times.items()}
+    ratios = {f"{name} / engine": ratio(times, name, "engine") for name in ("torch", "not quantized")}
+    print(
+        f"{shape[0]:>3} x {shape[1]:<4} engine {row['engine']:7.0f} ms  torch {row['torch']:7.0f} ms "
+        f"({ratios['torch / engine']:.2f})  not quantized {row['not quantized']:7.0f} ms "
+        f"({ratios['not quantized / engine']:.2f})",
+        flush=True,
+    )
+    return {"batch": shape[0], "tokens": shape[1], **row, **ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", default="benchmarks/results")
+    arguments = parser.parse_args()
+    if DROP is None:
+        raise SystemExit(f"the native engine is not there: {ops.WHY_NOT_NATIVE}")
+    torch.set_num_threads(arguments.threads)
+    report = {**environment(), "cpu": cpu_name(), "threads": arguments.threads, "rows": [measure(s) for s in SHAPES]}
+    path = Path(arguments.output) / "training_step.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+// What only training needs, compiled once per path as steps.inl is: dropout, the rest of a product of codes, and softmax
+// with codes and its gradient. What dropout drops follows from the seed and a number's place: not from path or threads.
+
+typedef uint32_t uv __attribute__((vector_size(QB_WIDE * 4), aligned(4), may_alias));
+
+struct RowSeed {
+    uint32_t first, second;
+};
+
+// splitmix64 of the row.
+QB_INLINE RowSeed seed_of(const Dropout& dropout, long row) {
+    uint64_t z = dropout.seed + (static_cast<uint64_t>(row) + 1) * 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    return {static_cast<uint32_t>(z), static_cast<uint32_t>(z >> 32)};
+}
+
+// 0 for columns [column, column + kWide) that are dropped, otherwise the factor 1 / (1 - p): two rounds of
+// multiplication and shifts make a column's number as good as random.
+QB_INLINE fv kept(const Dropout& dropout, RowSeed seed, long column) {
+    uv x;
+    for (int lane = 0; lane < kWide; ++lane) x[lane] = static_cast<uint32_t>(lane);
+    x = (x + static_cast<uint32_t>(column)) * 0x9E3779B1u + seed.first;
+    x = (x ^ x >> 16) * 0x7FEB352Du ^ seed.second;
+    x = (x ^ x >> 15) * 0x846CA68Bu;
+    x ^= x >> 16;
+    return x >= dropout.below ? splat(dropout.factor) : fv{};
+}
+
+// The numbers of a row from `i` on, `other` behind its end; and back.
+QB_INLINE fv load_some(const float* x, long i, long n, float other) {
+    if (i + kWide <= n) return load(x + i);
+    fv value = splat(other);
+    __builtin_memcpy(&value, x + i, (n - i) * 4);
+    return value;
+}
+
+QB_INLINE void store_some(float* x, long i, long n, fv value) {
+    if (i + kWide <= n) store(x + i, value);
+    else __builtin_memcpy(x + i, &value, (n - i) * 4);
+}
+
+QB_TARGET static void dropout_row(const float* x, long n, const Dropout& dropout, long row, float* y) {
+    const RowSeed seed = seed_of(dropout, row);
+    for (long i = 0; i < n; i += kWide) store_some(y, i, n, load_some(x, i, n, 0) * kept(dropout, seed, i));
+}
+
+// ops._product after the product of codes: scales and offsets of a row and of the columns.
+QB_TARGET static void scale_row(const Factors& f, long n, float* y) {
+    const fv scale = splat(f.scale), sum = splat(f.sum * f.scale), offset = splat(f.offset);
+    const fv terms = splat(f.terms * f.offset), factor = splat(f.factor);
+    for (long i = 0; i < n; i += kWide) {
+        fv value = load_some(y, i, n, 0) * (scale * load_some(f.column_scale, i, n, 0));
+        if (f.column_offset) value += sum * load_some(f.column_offset, i, n, 0);
+        if (f.column_sum) value += offset * load_some(f.column_sum, i, n, 0);
+        if (f.column_offset && f.column_sum) value += terms * load_some(f.column_offset, i, n, 0);
+        store_some(y, i, n, value * factor);
+    }
+}
+
+// quantizers.softmax_codes with a range for each query: codes of what dropout keeps, whose factor the scale has.
+QB_TARGET static void softmax_codes_row(const float* scores, long n, float levels, const Dropout& dropout, long row,
+                                        float* probabilities, float* codes, float* scale) {
+    const float infinity = __builtin_inff();
+    fv highest = splat(-infinity);
+    for (long i = 0; i < n; i += kWide) highest = higher(load_some(scores, i, n, -infinity), highest);
+    const fv high = splat(collect(highest, highest, {0, -infinity}).high), least = splat(kLeastExponent), zero = {};
+    dv sums[2] = {};
+    for (long i = 0; i < n; i += kWide) {
+        const fv below = load_some(scores, i, n, -infinity) - high;
+        const Doubles exact = to_doubles(higher(below, least));
+        const fv all = to_floats({exponential(exact.left), exponential(exact.right)});
+        const fv e = below > least ? all : zero;
+        add(sums, to_doubles(e));
+        store_some(probabilities, i, n, e);
+    }
+    const float total = static_cast<float>(sum_of(sums[0] + sums[1]));
+    const RowSeed seed = seed_of(dropout, row);
+    for (long i = 0; i < n; i += kWide) {
+        const fv e = load_some(probabilities, i, n, 0);
+        const fv code = e * splat(levels) + splat(kMagic) - splat(kMagic);
+        store_some(codes, i, n, kept(dropout, seed, i) > zero ? code : zero);
+        store_some(probabilities, i, n, e / splat(total));
+    }
+    *scale = 1 / (levels * total) * dropout.factor;
+}
+
+// The gradient of the scores from that of the probabilities after dropout; `gradient` and `out` may be the same.
+QB_TARGET static void softmax_gradient_row(const float* gradient, const float* probabilities, long n,
+                                           const Dropout& dropout, long row, float* out) {
+    const RowSeed seed = seed_of(dropout, row);
+    fv sum = {};
+    for (long i = 0; i < n; i += kWide) {
+        const fv product = load_some(gradient, i, n, 0) * kept(dropout, seed, i) * load_some(probabilities, i, n, 0);
+        sum += product;
+        store_some(out, i, n, product);
+    }
+    float total = 0;
+    for (int lane = 0; lane < kWide; ++lane) total += sum[lane];
+    for (long i = 0; i < n; i += kWide)
+        store_some(out, i, n, load_some(out, i, n, 0) - load_some(probabilities, i, n, 0) * splat(total));
+}
