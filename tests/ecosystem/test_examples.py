@@ -63,7 +63,8 @@ CLASSES = [{"sentence": f"the {word} film of Ada", "label": word} for word in ("
 @pytest.mark.parametrize("family", ["ternary", "binary"])
 def test_text_classification(model, family, tmp_path, monkeypatch):
     data = write(tmp_path / "data.jsonl", CLASSES)
-    arguments = ("--train_file", data, "--validation_file", data, "--family", family)
+    # 12 steps learn these two words for one seed in two, 60 for every seed.
+    arguments = ("--train_file", data, "--validation_file", data, "--family", family, "--max_steps", "60")
     run("run_glue", monkeypatch, *common(model, tmp_path / "out", *arguments))
     assert metrics(tmp_path / "out")["eval_accuracy"] == 1.0
     classify = pipeline("text-classification", model=str(tmp_path / "out/packed"))
