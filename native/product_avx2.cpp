@@ -16,6 +16,9 @@ namespace {
 
 #include "steps.inl"
 
+// Keeps GCC from summing in a tree, whose leaves do not fit into the registers.
+QB_INLINE void in_order(__m256i& sum) { __asm__("" : "+x"(sum)); }
+
 constexpr long kPieces = 15;  // of 64 bytes, each at most 2048 a sum: what 16 bits hold
 
 template <int BITS, int MR>
@@ -36,6 +39,8 @@ QB_INLINE void add_small(const uint8_t* codes, const uint8_t* x, long depth, lon
                 const __m256i value = _mm256_set1_epi32(quad);
                 pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(a, value));
                 pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(b, value));
+                in_order(pairs[r][0]);
+                in_order(pairs[r][1]);
             }
         }
     }
@@ -84,6 +89,9 @@ QB_INLINE void multiply(const uint8_t* codes, const uint8_t* x, long depth, long
         for (int half = 0; half < 2; ++half)
             _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * kLanes + half * 8), sums[r][half]);
 }
+
+#define QB_TABLES
+#include "tables_avx2.inl"
 
 #include "product_blocks.inl"
 

@@ -12,7 +12,8 @@ typedef int32_t iv __attribute__((vector_size(QB_WIDE * 4), aligned(4), may_alia
 typedef double dv __attribute__((vector_size(QB_WIDE * 4), aligned(8), may_alias));  // half as many
 typedef int64_t lv __attribute__((vector_size(QB_WIDE * 4), aligned(8), may_alias));
 
-#define QB_INLINE QB_TARGET __attribute__((always_inline)) static inline
+#define QB_MEMBER QB_TARGET __attribute__((always_inline)) inline
+#define QB_INLINE static QB_MEMBER
 
 constexpr float kMagic = 12582912.0f;         // 1.5 * 2^23: adding it rounds to a whole number, halves to even
 constexpr int32_t kMagicBits = 0x4B400000;    // its bits; the low bits of a sum are the whole number

@@ -91,11 +91,21 @@ def _onnx_file(model: PreTrainedModel, folder: Path) -> Path:
     return path
 
 
+def saturates() -> bool:
+    """Whether this CPU adds pairs of 8-bit products in 16 bits, which saturate: AVX2 without VNNI, as Linux tells."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"}
+
+
 def prepare_onnxruntime(model: PreTrainedModel, folder: Path, threads: int) -> Answer:
-    """ONNX Runtime: its BERT fusions (attention, skip + LayerNorm, bias + GELU, embedding), dynamic int8 weights."""
+    """ONNX Runtime: its BERT fusions (attention, skip + LayerNorm, bias + GELU, embedding), dynamic int8 weights; in
+    the range of 7 bits where sums would saturate, as its documentation asks for."""
     import onnxruntime
 
-    path = folder / "onnxruntime-int8.onnx"
+    path = folder / f"onnxruntime-int{7 if saturates() else 8}.onnx"
     if not path.exists():
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -119,6 +129,7 @@ def prepare_onnxruntime(model: PreTrainedModel, folder: Path, threads: int) -> A
                 folder / "fused.onnx",
                 folder / "partial.onnx",
                 weight_type=QuantType.QInt8,
+                reduce_range=saturates(),
                 extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # shapes end at its own fused operators
             )
         (folder / "partial.onnx").rename(path)

@@ -96,8 +96,26 @@ def test_sizes_of_bert(level, layout, shape):
     rows, outputs, columns = shape
     generator = np.random.default_rng(0)
     case = {"layout": layout, "rows": rows, "outputs": outputs, "columns": columns, "planes": 1}
-    for bits in (8, 4, 2, 1, 0) if level == "avx512" else (8,):
+    for bits in (8, 4, 2, 1, 0) if level in ("avx2", "avx512") else (8,):
         check(generator, case | {"group_size": 0, "bits": bits, "unsigned": bits == 2, "shift": 1, "threads": 2})
+
+
+RANGES = [(-128, 127), (-15, 15), (-8, 7), (0, 15), (-2, 1), (0, 3), (-1, 1), (0, 1)]
+
+
+@pytest.mark.parametrize(("least", "most"), RANGES)
+def test_largest_sums(level, least, most):  # noqa: ARG001
+    """Sums in bytes and in 16 bits are widened before the deepest row of extremes can overflow them."""
+    columns = 65_568
+    for layout in BOUNDS:
+        codes = torch.full((1, 3, columns), BOUNDS[layout], dtype=torch.int8)
+        codes[:, 1] *= -1
+        codes[:, 2, ::2] *= -1
+        x = torch.full((3, columns), least, dtype=torch.int8)
+        x[1] = most
+        x[2, ::2] = most
+        weight = native.NativeWeight(pack_codes(codes, layout), columns, layout, torch.ones(1, 3, 1), columns, None)
+        assert torch.equal(weight.sums(x).double(), x.double() @ codes[0].double().T)
 
 
 @pytest.mark.parametrize("layout", BOUNDS)
