@@ -12,21 +12,25 @@ from .bench import NETWORKS, OURS, PROCESSES, numbers, thread_name
 from .rivals import RIVALS
 
 
-# Multiply-adds and bytes a second of one and of two cores: our own probes of the CPU that the committed results name.
-PEAKS = {1: {"bytes": 233e9, "counts": 1221e9, "L3": 75e9, "DRAM": 21e9}}
-PEAKS[2] = {"bytes": 458e9, "counts": 2440e9, "L3": 127e9, "DRAM": 32e9}
+# Multiply-adds and bytes a second of one and of two cores, by the CPU that results name: our own probes.
+PEAKS = {
+    "AMD EPYC": {
+        1: {"bytes": 233e9, "counts": 1221e9, "L3": 75e9, "DRAM": 21e9},
+        2: {"bytes": 458e9, "counts": 2440e9, "L3": 127e9, "DRAM": 32e9},
+    }
+}
 L3_BYTES = 32 << 20
 
 
-def floor_ms(network: str, name: str, batch: int, tokens: int, threads: int) -> float | None:
+def floor_ms(cpu: str, network: str, name: str, batch: int, tokens: int, threads: int) -> float | None:
     """Least milliseconds that the CPU's arithmetic or memory allows: matrix products by 8-bit dot products, of 1-bit
     activations by counting, attention in 8 bits, weights read once. None where nothing was probed (byte tables)."""
-    if threads not in PEAKS or name.startswith(("W1A8", "W1A4")):
+    peak = PEAKS.get(cpu, {}).get(threads)
+    if peak is None or name.startswith(("W1A8", "W1A4")):
         return None
     sizes = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072} | NETWORKS[network]
     hidden, layers, wide = (sizes[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
     weights = layers * (4 * hidden * hidden + 2 * hidden * wide)
-    peak = PEAKS[threads]
     stored = weights * int(name[1]) / 8
     products = weights * batch * tokens / peak["counts" if name == "W1A1" else "bytes"]
     attention = layers * batch * tokens * tokens * 2 * hidden / peak["bytes"]
@@ -60,7 +64,7 @@ def _render_speed(speed: Mapping[str, Any]) -> Iterable[str]:
                 for shape in shapes:
                     ms, floor = (
                         cells[shape]["ms"][name],
-                        floor_ms(network, name, *numbers(shape), numbers(threads)[0]),
+                        floor_ms(cells[shape].get("cpu", ""), network, name, *numbers(shape), numbers(threads)[0]),
                     )
                     ratio_text = f"**{cells[shape]['ratio'][name]:.2f}**" if name in cells[shape]["ratio"] else "–"
                     row.append(f"{ratio_text}, {ms:.2f} ms" + (f" ({ms / floor:.1f} x floor)" if floor else ""))
