@@ -22,7 +22,7 @@ LATENCY_NAME = "latency.json"
 
 
 def cpu_name() -> str:
-    """Model name of the processor; with family and model number where Linux tells, for names of virtual ones are vague."""
+    """Model name of the processor; where Linux tells, with family and model: names of virtual ones are vague."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

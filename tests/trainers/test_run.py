@@ -204,6 +204,24 @@ def test_binarybert_by_its_recipe(workplace, tmp_path, backbone):
     assert first["packed"]["metrics"] == results["stages"][0]["metrics"] and first["stages"][0]["steps"] == 3
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_only_where_it_is_fast(workplace, tmp_path, monkeypatch, capfd, fast):
+    """Recipes ask for it for speed alone; elsewhere it would be slower than fp32 by far."""
+    used = []
+    monkeypatch.setattr(run, "bfloat16_is_fast", lambda: fast)
+    train = run._Run._train
+    monkeypatch.setattr(
+        run._Run, "_train", lambda self, trainer, *rest: used.append(trainer.args.bf16) or train(self, trainer, *rest)
+    )
+    training = {"max_steps": 1, "bf16": True}
+    teacher = {"model": str(workplace / "bert"), "fine_tune": training}
+    recipe = make_recipe(workplace, teacher=teacher, stages=[{"training": training}])
+    results = run_recipe(recipe, tmp_path / "run")
+    assert used == [fast, fast]
+    assert results["device"].endswith(", fp32 instead of bf16") != fast
+    assert ("no fast bfloat16" in capfd.readouterr().err) != fast
+
+
 def test_adaptive_splitting_by_its_recipe(workplace, tmp_path):
     """Only the chosen modules are ternary and then split, within the size asked for."""
     overrides = [
