@@ -46,6 +46,8 @@ struct Bytes {
     QB_MEMBER void run(const uint8_t* codes, const uint8_t* x, long row_bytes, long pieces, int rows,
                        int32_t* sums) const {
         block<BITS, false>(codes, x, row_bytes, pieces, rows, sums);
+        if (BITS == 1)
+            for (int i = 0; i < rows * kLanes; ++i) sums[i] *= 2;
     }
 };
 
@@ -67,8 +69,6 @@ QB_INLINE void term(const Weight& w, const Method& method, long plane, long grou
                 method.run(codes + p * plane_bytes + vector * w.vector_bytes(),
                            rows_of_group + (row - begin_row) * operand.row_bytes, operand.row_bytes,
                            (end - begin + piece - 1) / piece, count, sums[p]);
-                if (Method::kBits == 1)
-                    for (int i = 0; i < count * kLanes; ++i) sums[p][i] *= 2;
             }
             const long output = vector * kLanes;
             for (int r = 0; r < count; ++r) {

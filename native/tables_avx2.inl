@@ -91,7 +91,7 @@ QB_INLINE void look_up_piece(const uint8_t* tables, const __m256i (&index)[4], _
     }
 }
 
-// Sums (MR, 16) of the codes of x whose weight's bit is 1. LONG: of one set, with runs of more than a piece.
+// Twice the sums (MR, 16) of the codes of x whose weight's bit is 1. LONG: of one set, with runs of more than a piece.
 template <int SETS, bool LONG, int MR>
 QB_INLINE void look_up(const uint8_t* codes, const uint8_t* tables, long row_bytes, long pieces, const Lookup& lookup,
                        int32_t* out) {
@@ -147,12 +147,13 @@ QB_INLINE void look_up(const uint8_t* codes, const uint8_t* tables, long row_byt
                 whole[r][i + 2] = _mm256_add_epi32(whole[r][i + 2], _mm256_unpackhi_epi16(sums[r][i], zero));
             }
     }
-    const __m128i above = _mm_set1_epi32(static_cast<int32_t>(pieces) * lookup.above);
+    const __m256i above = _mm256_set1_epi32(static_cast<int32_t>(pieces) * lookup.above);
     for (int r = 0; r < MR; ++r)
-        for (int i = 0; i < 4; ++i) {
-            const __m128i both = _mm_add_epi32(_mm256_castsi256_si128(whole[r][i]),
-                                               _mm256_extracti128_si256(whole[r][i], 1));
-            _mm_store_si128(reinterpret_cast<__m128i*>(out + r * kLanes + i * 4), _mm_sub_epi32(both, above));
+        for (int i = 0; i < 4; i += 2) {
+            const __m256i both = _mm256_add_epi32(_mm256_permute2x128_si256(whole[r][i], whole[r][i + 1], 0x20),
+                                                  _mm256_permute2x128_si256(whole[r][i], whole[r][i + 1], 0x31));
+            const __m256i sum = _mm256_sub_epi32(both, above);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * kLanes + i * 4), _mm256_add_epi32(sum, sum));
         }
 }
 
