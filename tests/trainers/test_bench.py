@@ -1,6 +1,7 @@
 """The benchmark's bookkeeping: order, agreement, rivals that are missing, cells that are merged, tables."""
 
 import json
+import platform
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainers import bench, bench_report, rivals
+from trainers import bench, bench_report, latency, rivals
 
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +77,34 @@ def test_tables_are_rendered_from_the_results(name):
     text = (ROOT / name).read_text()
     assert "<!-- qbert bench" in text
     assert bench_report.update_text(text, ROOT) == text, f"render them again: qbert bench --update {name}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("fma avx2", True), ("avx2 avx512_vnni", False), ("avx2 avx_vnni", False), ("asimddp", False)],
+)
+def test_which_cpus_saturate(tmp_path, monkeypatch, flags, expected):
+    (tmp_path / "cpuinfo").write_text(f"model name\t: Some CPU\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(rivals, "Path", lambda _: tmp_path / "cpuinfo")
+    assert rivals.saturates() == expected
+
+
+def test_cpu_name(tmp_path, monkeypatch):
+    path = tmp_path / "cpuinfo"
+    path.write_text("cpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nmodel name\t: AMD EPYC\n")
+    monkeypatch.setattr(latency, "Path", lambda _: path)
+    assert latency.cpu_name() == "AMD EPYC (family 25, model 1)"
+    path.write_text("processor\t: 0\nCPU part\t: 0xd0c\n")
+    assert latency.cpu_name() == (platform.processor() or platform.machine())
+    path.unlink()
+    assert latency.cpu_name() == (platform.processor() or platform.machine())
+
+
+def test_floors_belong_to_the_cpu_that_was_probed():
+    report = json.loads((ROOT / "benchmarks/results/bench.json").read_text())
+    assert "x floor)" in bench_report.render(report, ["speed/1"])
+    for by_threads in report["speed"].values():
+        for cells in by_threads.values():
+            for cell in cells.values():
+                cell["cpu"] = "another"
+    assert "x floor)" not in bench_report.render(report, ["speed/1"])
