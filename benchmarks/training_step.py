@@ -23,7 +23,7 @@ from trainers.results import environment
 from trainers.run import bfloat16_is_fast
 
 
-SHAPES = ((32, 16), (32, 64), (16, 128), (16, 256), (16, 384))  # batch, tokens
+SHAPES = ((32, 16), (32, 64), (16, 128), (16, 256))  # batch, tokens
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
 ROUNDS = 5
 DROP = ops.drop  # None where there is no engine

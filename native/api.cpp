@@ -45,7 +45,7 @@ bool has(int level) {
                __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
                __builtin_cpu_supports("avx512vpopcntdq");
     if (level == kVnni) return vnni_kernels() != nullptr;
-    if (level == kAvx2) return __builtin_cpu_supports("avx2");
+    if (level == kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #elif defined(__aarch64__) && defined(__linux__)
     constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
     if (level == kNeon) return getauxval(AT_HWCAP) & kDotProducts;

@@ -7,7 +7,7 @@
 
 #include "qbert.h"
 
-#define QB_TARGET __attribute__((target("avx2")))
+#define QB_TARGET __attribute__((target("avx2,fma")))
 
 #define QB_WIDE 8
 

@@ -13,7 +13,7 @@ namespace qbert {
 namespace {
 
 namespace of_avx512 {
-#define QB_TARGET __attribute__((target("avx2,avx512vl,avx512vnni")))
+#define QB_TARGET __attribute__((target("avx2,fma,avx512vl,avx512vnni")))
 #define QB_DOT _mm256_dpbusd_epi32
 #include "product_vnni.inl"
 #undef QB_TARGET
@@ -22,7 +22,7 @@ namespace of_avx512 {
 
 #if defined(QBERT_AVXVNNI)
 namespace of_avx2 {
-#define QB_TARGET __attribute__((target("avx2,avxvnni")))
+#define QB_TARGET __attribute__((target("avx2,fma,avxvnni")))
 #define QB_DOT _mm256_dpbusd_avx_epi32
 #include "product_vnni.inl"
 }  // namespace of_avx2

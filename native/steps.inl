@@ -371,6 +371,7 @@ alignas(64) constexpr double kRoots[16] = {
 
 // exp of x <= 0 in double, within 2^-42: x = (16 k + j) ln 2 / 16 + r, e^x = 2^k 2^(j/16) e^r. Rounded to float it is
 // the float nearest to e^x but for one argument in a million, as is torch.exp of doubles; fused or not does not show.
+#if QB_WIDE != 8
 QB_INLINE dv exponential(dv x) {
 #if QB_WIDE == 16
     const __m512d magic = _mm512_set1_pd(kMagicDouble);
@@ -403,6 +404,50 @@ QB_INLINE dv exponential(dv x) {
     return (dv)((lv)(p * root) + ((n & -16) << 48));
 #endif
 }
+#endif
+
+QB_INLINE Doubles exponentials(Doubles x) {
+#if QB_WIDE == 8
+    const __m256d magic = _mm256_set1_pd(kMagicDouble);
+    const __m256d of[2] = {(__m256d)x.left, (__m256d)x.right};
+    __m256d shifted[2], p[2];
+    for (int i = 0; i < 2; ++i) {
+        shifted[i] = _mm256_fmadd_pd(of[i], _mm256_set1_pd(23.083120654223414), magic);
+        const __m256d whole = _mm256_sub_pd(shifted[i], magic);
+        __m256d r = _mm256_fnmadd_pd(whole, _mm256_set1_pd(0.04332169878489367), of[i]);
+        r = _mm256_fnmadd_pd(whole, _mm256_set1_pd(1.0291218489310676e-13), r);
+        p[i] = _mm256_fmadd_pd(r, _mm256_set1_pd(1.0 / 120), _mm256_set1_pd(1.0 / 24));
+        p[i] = _mm256_fmadd_pd(p[i], r, _mm256_set1_pd(1.0 / 6));
+        p[i] = _mm256_fmadd_pd(p[i], r, _mm256_set1_pd(0.5));
+        p[i] = _mm256_fmadd_pd(p[i], r, _mm256_set1_pd(1.0));
+        p[i] = _mm256_fmadd_pd(p[i], r, _mm256_set1_pd(1.0));
+    }
+    // Eight roots at once, their lower words and their upper words: bits 0 to 2 choose within 8, bit 3 between them.
+    const __m256i n = (__m256i)_mm256_shuffle_ps((__m256)shifted[0], (__m256)shifted[1], 0x88);
+    const __m256 upper = (__m256)_mm256_slli_epi32(n, 28);
+    __m256 words[2];
+    for (int word = 0; word < 2; ++word) {
+        __m256 found[2];
+        for (int i = 0; i < 2; ++i) {
+            const __m256 a = (__m256)_mm256_load_pd(kRoots + 8 * i), b = (__m256)_mm256_load_pd(kRoots + 8 * i + 4);
+            const __m256 mixed = word ? _mm256_shuffle_ps(a, b, 0xDD) : _mm256_shuffle_ps(a, b, 0x88);
+            const __m256d eight = _mm256_permute4x64_pd((__m256d)mixed, 0xD8);
+            found[i] = _mm256_permutevar8x32_ps((__m256)eight, n);
+        }
+        words[word] = _mm256_blendv_ps(found[0], found[1], upper);
+    }
+    const __m256d roots[2] = {(__m256d)_mm256_unpacklo_ps(words[0], words[1]),
+                              (__m256d)_mm256_unpackhi_ps(words[0], words[1])};
+    dv parts[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m256i k = _mm256_and_si256((__m256i)shifted[i], _mm256_set1_epi64x(-16));
+        parts[i] = (dv)_mm256_add_epi64((__m256i)_mm256_mul_pd(p[i], roots[i]), _mm256_slli_epi64(k, 48));
+    }
+    return {parts[0], parts[1]};
+#else
+    return {exponential(x.left), exponential(x.right)};
+#endif
+}
 
 // The code is 0 from here on, and a sum that is at least 1 stays as it is.
 constexpr float kLeastExponent = -80.0f;
@@ -425,7 +470,7 @@ QB_TARGET static Probabilities softmax_row(float* scores, long n, float high, co
     for (long i = 0; i < padded; i += kWide) {
         const fv below = higher(load(scores + i) - splat(high), least);
         const Doubles exact = to_doubles(below);
-        const fv all = to_floats({exponential(exact.left), exponential(exact.right)});
+        const fv all = to_floats(exponentials(exact));
         add(sums, to_doubles(all));
         if (steps) {
             store(scores + i, all);

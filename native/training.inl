@@ -70,7 +70,7 @@ QB_TARGET static void softmax_codes_row(const float* scores, long n, float level
     for (long i = 0; i < n; i += kWide) {
         const fv below = load_some(scores, i, n, -infinity) - high;
         const Doubles exact = to_doubles(higher(below, least));
-        const fv all = to_floats({exponential(exact.left), exponential(exact.right)});
+        const fv all = to_floats(exponentials(exact));
         const fv e = below > least ? all : zero;
         add(sums, to_doubles(e));
         store_some(probabilities, i, n, e);
