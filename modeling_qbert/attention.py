@@ -81,7 +81,7 @@ def quantized_attention(
             value_codes = quantizer(value, token_is_real, dims=(-2, -1))
         scores = quantized_matmul(query, key.transpose(-1, -2), query_codes, _transposed(key_codes), scaling)
         if attention_mask is not None:
-            scores = scores.add_(attention_mask)
+            scores = scores + attention_mask
         p = dropout if module.training else 0.0
         if isinstance(learned, LsqQuantizer):
             probabilities, carrier, codes, scale = learned_softmax_codes(scores, learned, rows_are_real, p)

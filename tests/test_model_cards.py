@@ -99,4 +99,7 @@ def test_score_of_the_card_is_reproduced_exactly(folder):
     if not (GLUE / (get_task(task).name or task) / f"{split}.parquet").exists():
         pytest.skip(f"needs the {split} split of {task}, which the repository does not ship")
     spec = DataSpec(**(results["recipe"]["data"] | {"path": str(GLUE)}))
-    assert evaluate_checkpoint(str(folder), spec) == results["packed"]["metrics"]
+    found, expected = evaluate_checkpoint(str(folder), spec), results["packed"]["metrics"]
+    if "pearson" in expected:  # NumPy's sums of equal predictions differ in the last bit between CPUs
+        expected = expected | {"pearson": pytest.approx(expected["pearson"], rel=1e-14)}
+    assert found == expected
