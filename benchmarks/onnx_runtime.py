@@ -25,7 +25,7 @@ from transformers import AutoConfig
 import modeling_qbert
 from modeling_qbert import export_onnx, ops
 from trainers.bench import interleaved, ratio
-from trainers.latency import cpu_name
+from trainers.machine import cpu_name
 from trainers.results import environment
 
 

@@ -17,10 +17,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from modeling_qbert import TernaryBertConfig, TernaryBertForSequenceClassification, ops
 from trainers.bench import interleaved, ratio
-from trainers.latency import cpu_name
 from trainers.losses import attention_scores_loss, hidden_states_loss, logits_loss
+from trainers.machine import bfloat16_is_fast, cpu_name, freed_memory_kept
 from trainers.results import environment
-from trainers.run import bfloat16_is_fast
 
 
 SHAPES = ((32, 16), (32, 64), (16, 128), (16, 256))  # batch, tokens
@@ -91,7 +90,8 @@ def main() -> None:
         raise SystemExit(f"the native engine is not there: {ops.WHY_NOT_NATIVE}")
     torch.set_num_threads(arguments.threads)
     report = {**environment(), "cpu": cpu_name(), "threads": arguments.threads, "bfloat16": bfloat16_is_fast()}
-    report["rows"] = [measure(shape) for shape in SHAPES]
+    with freed_memory_kept():  # as while training
+        report["rows"] = [measure(shape) for shape in SHAPES]
     path = Path(arguments.output) / "training_step.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")

@@ -28,7 +28,7 @@ from modeling_qbert import (
     TernaryBertForSequenceClassification,
 )
 
-from .latency import cpu_name
+from .machine import cpu_name
 from .results import environment, write_atomic
 from .rivals import INPUTS, RIVALS, TO_BEAT, Answer, NotInstalledError, example, prepare, similarity
 

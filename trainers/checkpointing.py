@@ -23,6 +23,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from .machine import freed_memory_kept
+
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +135,8 @@ class AtomicCheckpointMixin:
                     shutil.rmtree(stale)
             checkpoint = self._checked_resume(folder, resume_from_checkpoint)
             self._step_losses = {}
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            with freed_memory_kept():
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _checked_resume(self, folder: Path, requested: str | bool | None) -> str | None:
         newest = None if isinstance(requested, str) else newest_complete_checkpoint(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,23 +14,11 @@ from transformers import AutoConfig
 
 import modeling_qbert
 
+from .machine import cpu_name
 from .results import write_atomic
 
 
 LATENCY_NAME = "latency.json"
-
-
-def cpu_name() -> str:
-    """Model name of the processor; where Linux tells, with family and model: names of virtual ones are vague."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    if "model name" not in fields:
-        return platform.processor() or platform.machine()
-    numbers = [f"{key.split()[-1]} {fields[key]}" for key in ("cpu family", "model") if key in fields]
-    return fields["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 @torch.inference_mode()

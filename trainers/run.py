@@ -31,6 +31,7 @@ from .initialization import (
     resolve_model,
     student_config,
 )
+from .machine import bfloat16_is_fast
 from .metrics import mean_squared_difference
 from .pruning import WidthAdaptiveTrainer, labelled_batches
 from .recipe import DataSpec, Recipe, Stage
@@ -39,14 +40,6 @@ from .results import RESULTS_NAME, environment, read_results, write_atomic, writ
 
 DONE = "DONE.json"  # written last into a finished teacher or stage folder
 RANKING_ROWS = 512  # training rows that rank what is pruned and what is split
-
-
-def bfloat16_is_fast() -> bool:
-    """Whether products in bfloat16 are computed as such here. Elsewhere they are ten times slower than in fp32 (CPUs
-    without AVX-512 or AMX) or emulated (GPUs before Ampere)."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class FineTuningTrainer(AtomicCheckpointMixin, Trainer):

@@ -1,7 +1,6 @@
 """The benchmark's bookkeeping: order, agreement, rivals that are missing, cells that are merged, tables."""
 
 import json
-import platform
 import time
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainers import bench, bench_report, latency, rivals
+from trainers import bench, bench_report, rivals
 
 
 ROOT = Path(__file__).parents[2]
@@ -87,17 +86,6 @@ def test_which_cpus_saturate(tmp_path, monkeypatch, flags, expected):
     (tmp_path / "cpuinfo").write_text(f"model name\t: Some CPU\nflags\t\t: fpu {flags}\n")
     monkeypatch.setattr(rivals, "Path", lambda _: tmp_path / "cpuinfo")
     assert rivals.saturates() == expected
-
-
-def test_cpu_name(tmp_path, monkeypatch):
-    path = tmp_path / "cpuinfo"
-    path.write_text("cpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nmodel name\t: AMD EPYC\n")
-    monkeypatch.setattr(latency, "Path", lambda _: path)
-    assert latency.cpu_name() == "AMD EPYC (family 25, model 1)"
-    path.write_text("processor\t: 0\nCPU part\t: 0xd0c\n")
-    assert latency.cpu_name() == (platform.processor() or platform.machine())
-    path.unlink()
-    assert latency.cpu_name() == (platform.processor() or platform.machine())
 
 
 def test_floors_belong_to_the_cpu_that_was_probed():
