@@ -100,6 +100,6 @@ def test_score_of_the_card_is_reproduced_exactly(folder):
         pytest.skip(f"needs the {split} split of {task}, which the repository does not ship")
     spec = DataSpec(**(results["recipe"]["data"] | {"path": str(GLUE)}))
     found, expected = evaluate_checkpoint(str(folder), spec), results["packed"]["metrics"]
-    if "pearson" in expected:  # NumPy's sums of equal predictions differ in the last bit between CPUs
-        expected = expected | {"pearson": pytest.approx(expected["pearson"], rel=1e-14)}
+    if "pearson" in expected:  # SciPy's sums differ in the last bit between CPUs; predictions of another bit: by 1e-10
+        expected = expected | {"pearson": pytest.approx(expected["pearson"], rel=1e-15)}
     assert found == expected
