@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="render results as a table and a figure")
     table.add_argument("results", nargs="*", help="result files or folders")
     table.add_argument("--update", metavar="FILE.md", help="render this text's tables again, where they stand")
+    table.add_argument("--differences", nargs="+", metavar="A:B", help="also show variant A minus B, run by run")
     table.add_argument("--figure", help="also draw the scores into this PNG")
     table.add_argument("--size-figure", help="also draw mean score against file size into this PNG")
     table.add_argument("--distance-figure", help="also draw distance to the teacher against file size into this PNG")
@@ -371,7 +372,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _table(arguments: argparse.Namespace) -> None:
     from .figures import plot_results, plot_sizes
     from .results import load_results, write_atomic
-    from .tables import render_distances, render_metrics, render_table, update_tables
+    from .tables import render_differences, render_distances, render_metrics, render_table, update_tables
 
     if arguments.update:
         path = Path(arguments.update)
@@ -383,6 +384,9 @@ def _table(arguments: argparse.Namespace) -> None:
         print(metrics)
     if any("teacher_distance" in run["packed"] for run in results):
         print(f"Mean squared difference from the teacher's logits:\n\n{render_distances(results)}")
+    if arguments.differences:
+        pairs = [tuple(pair.partition(":")[::2]) for pair in arguments.differences]
+        print(f"First minus second, runs of one task, seed and teacher:\n\n{render_differences(results, pairs)}")
     if arguments.figure:
         plot_results(results, arguments.figure)
     if arguments.size_figure:

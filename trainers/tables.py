@@ -153,17 +153,27 @@ def _mean_of_columns(columns: Sequence[Sequence[float]]) -> float | None:
     return statistics.mean(map(statistics.mean, columns)) if all(columns) else None
 
 
-def _mean_cell(columns: Sequence[Sequence[float]]) -> str:
-    mean = _mean_of_columns(columns)
-    return "–" if mean is None else f"{mean:.2f}"
+def _mean_cell(columns: Sequence[Mapping[int, float]], sign: str = "") -> str:
+    """Mean of the columns' means, given by seed, ± deviation of the means of those seeds that all columns have."""
+    mean = _mean_of_columns([list(column.values()) for column in columns])
+    if mean is None:
+        return "–"
+    seeds = set.intersection(*map(set, columns))
+    means = [statistics.mean(column[seed] for column in columns) for seed in seeds]
+    return f"{mean:{sign}.2f}" + (f" ± {statistics.stdev(means):.2f} (seeds {len(means)})" if len(means) > 1 else "")
 
 
 def _mean_drop_cell(cells: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    mean = _mean_of_columns([_drops(cell) for cell in cells])
+    drops = [_by_seed(cell, _drops(cell)) for cell in cells]
+    mean = _mean_of_columns([list(column.values()) for column in drops])
     if mean is None:
         return "–"
     published = [_published(cell) for cell in cells]
-    return _beside_the_papers(f"{mean:.2f}", mean, None if None in published else statistics.mean(published))
+    return _beside_the_papers(_mean_cell(drops), mean, None if None in published else statistics.mean(published))
+
+
+def _by_seed(cell: Sequence[Mapping[str, Any]], values: Sequence[float]) -> dict[int, float]:
+    return {run["seed"]: value for run, value in zip(cell, values, strict=True)}
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -176,7 +186,7 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> str:
     Each cell is mean ± sample standard deviation of the packed model's main metric x 100 over the seeds, with their
     number. A drop is teacher minus packed model, seed by seed against the run's own teacher; beside it stands the drop
     that the paper reports for BERT-base, and by how much ours is above it. Of several tasks the last column is the
-    mean, for variants that have all of them.
+    mean, for variants that have all of them; its deviation is over the seeds that all of them have.
 
     Args:
         results: contents of `results.json` files, for example from `load_results`.
@@ -202,12 +212,14 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> str:
         columns = {f"teacher {model}": [teachers[task].get(model, []) for task in grid.tasks] for model in models}
     for title, scores in columns.items():
         cells = (_cell(column) if column else "–" for column in scores)
-        lines.append(row(escape_markdown(title), cells, _mean_cell(scores)))
+        mean = _mean_of_columns(scores)
+        lines.append(row(escape_markdown(title), cells, "–" if mean is None else f"{mean:.2f}"))
     for variant in grid.variants:
         runs = [grid.cells.get((task, variant), []) for task in grid.tasks]
         scores = [[main_score(run, "packed") for run in cell] for cell in runs]
         title = escape_markdown(variant)
-        lines.append(row(title, (_cell(column) if column else "–" for column in scores), _mean_cell(scores)))
+        mean = _mean_cell(list(map(_by_seed, runs, scores)))
+        lines.append(row(title, (_cell(column) if column else "–" for column in scores), mean))
         cells = (_drop_cell(cell) if cell else "–" for cell in runs)
         lines.append(row(f"{title}: drop", cells, _mean_drop_cell(runs)))
     return "\n".join([*lines, "", *(f"- {note}" for note in _notes(grid))]) + "\n"
@@ -229,6 +241,59 @@ def render_distances(results: Sequence[Mapping[str, Any]]) -> str:
         texts = (_cell(values, 4) if values else "–" for values in distances)
         lines.append(_row([escape_markdown(variant), *texts]))
     return "\n".join(lines) + "\n"
+
+
+def render_differences(results: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> str:
+    """Markdown table of pairs of variants: first minus second, run by run with the same task, seed and teacher.
+
+    For each pair a row of main metrics x 100 of the packed models and, where both recorded it, a row of how much
+    farther in percent the first is from the teacher, by the mean squared difference of logits. Each cell is mean ±
+    sample standard deviation over the runs that have a counterpart, with their number. What both runs share, teacher
+    and order of the batches, does not count as spread. Of several tasks the last column is the mean of those that the
+    pair has.
+
+    Raises:
+        ValueError: a variant is unknown, or a pair has no runs to compare.
+    """
+    grid = Grid(results)
+    several = len(grid.tasks) > 1
+    lines = [["", *(escape_markdown(task_label(task)) for task in grid.tasks), *(["mean"] if several else [])]]
+    lines.append(["---"] * len(lines[0]))
+    for first, second in pairs:
+        for name in (first, second):
+            if name not in grid.variants:
+                raise ValueError(f"variant: expected one of {', '.join(grid.variants)}, found {name!r}")
+        scores: list[dict[int, float]] = []
+        distances: list[dict[int, float]] = []
+        for task in grid.tasks:
+            scores.append({})
+            distances.append({})
+            others = {_rival_key(run): run for run in grid.cells.get((task, second), [])}
+            for run in grid.cells.get((task, first), []):
+                if other := others.get(_rival_key(run)):
+                    scores[-1][run["seed"]] = main_score(run, "packed") - main_score(other, "packed")
+                    here, there = (one["packed"].get("teacher_distance") for one in (run, other))
+                    if here is not None and there:
+                        distances[-1][run["seed"]] = 100 * (here / there - 1)
+        if not any(scores):
+            raise ValueError(f"{first} and {second} have no two runs of one task, seed and teacher")
+        title = escape_markdown(f"{first} − {second}")
+        for suffix, columns in (("", scores), (": distance, %", distances)):
+            if any(columns):
+                mean = [_mean_cell([column for column in columns if column], "+")] if several else []
+                lines.append([title + suffix, *map(_difference_cell, columns), *mean])
+    return "\n".join(map(_row, lines)) + "\n"
+
+
+def _rival_key(run: Mapping[str, Any]) -> tuple[int, str, int, float]:
+    return run["seed"], run["teacher"]["model"], run["teacher"]["seed"], main_score(run, "teacher")
+
+
+def _difference_cell(values: Mapping[int, float]) -> str:
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values.values()):+.2f}{spread} (pairs {len(values)})"
 
 
 def glue_averages(scores: Mapping[tuple[str, str], float]) -> tuple[float, float]:
@@ -300,14 +365,17 @@ def render_zoo(folder: str | Path) -> str:
     return "\n".join(map(_row, lines)) + "\n"
 
 
-_BLOCK = re.compile(r"(<!-- qbert (table|distances|zoo) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_RENDER = {"table": render_table, "distances": render_distances}
+_BLOCK = re.compile(
+    r"(<!-- qbert (table|distances|differences|zoo) (\S+)((?: [^\s:]+:[^\s:]+)*) -->\n).*?(<!-- end -->)", re.DOTALL
+)
+_RENDER = {"table": render_table, "distances": render_distances, "differences": render_differences}
 
 
 def update_tables(text: str, root: str | Path) -> str:
     """`text` with every block `<!-- qbert table FOLDER -->` ... `<!-- end -->` rendered again from the results in that
-    folder, relative to `root`, `<!-- qbert distances FOLDER -->` as well, and `<!-- qbert zoo FOLDER -->` from its
-    checkpoints.
+    folder, relative to `root`; `<!-- qbert distances FOLDER -->` and `<!-- qbert differences FOLDER FIRST:SECOND -->`
+    (any number of pairs) as well, and `<!-- qbert zoo FOLDER -->` from its checkpoints. Several folders are joined by
+    `+`.
 
     Raises:
         ValueError: the text has no such block, or a folder no results.
@@ -316,9 +384,11 @@ def update_tables(text: str, root: str | Path) -> str:
         raise ValueError("expected blocks '<!-- qbert table FOLDER -->' ... '<!-- end -->', found none")
 
     def render(block: re.Match) -> str:
-        folder = Path(root) / block[3]
-        text = render_zoo(folder) if block[2] == "zoo" else _RENDER[block[2]](load_results([folder]))
-        return block[1] + text + block[4]
+        if block[2] == "zoo":
+            return block[1] + render_zoo(Path(root) / block[3]) + block[5]
+        pairs = [tuple(pair.split(":")) for pair in block[4].split()]
+        runs = load_results([Path(root) / folder for folder in block[3].split("+")])
+        return block[1] + _RENDER[block[2]](runs, *([pairs] if block[2] == "differences" else [])) + block[5]
 
     return _BLOCK.sub(render, text)
 
@@ -337,7 +407,7 @@ def _notes(grid: Grid) -> list[str]:
     return [
         "Main metric x 100 of the packed model, mean ± sample standard deviation over the seeds. Drop: teacher minus "
         "packed model, each run against its own teacher; negative is a gain."
-        + (" Mean: of the columns, where a row has all." if len(grid.tasks) > 1 else ""),
+        + (" Mean: of the columns, where a row has all; ± over the seeds that all have." * (len(grid.tasks) > 1)),
         _paper_note(grid, benchmark),
         f"Evaluated on: {', '.join(rows)}. Runs: {len(runs)}. Seeds: {', '.join(map(str, seeds))}. "
         f"Commits: {escape_markdown(', '.join(commit[:7] + commit[40:] for commit in commits))}. "

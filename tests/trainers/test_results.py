@@ -8,7 +8,7 @@ from trainers import results as module
 from trainers import tables
 from trainers.published import published_drop
 from trainers.results import environment, load_results, read_results, variant_of, write_atomic, write_results
-from trainers.tables import escape_markdown, render_distances, render_table
+from trainers.tables import escape_markdown, render_differences, render_distances, render_table, update_tables
 
 
 DIGEST = "0123456789abcdef" * 4
@@ -281,6 +281,55 @@ def test_distances_to_the_teacher_have_a_table():
     table = render_distances(runs)
     assert row(table, "") == ["SST-2", "MRPC"] and "lat" not in table  # which has none
     assert row(table, "twn") == ["0.3000 ± 0.0707 (seeds 2)", "0.5000 (seeds 1)"]
+
+
+def test_the_mean_has_a_spread_over_the_seeds_that_all_tasks_have():
+    runs = [make_results(seed=42, packed=0.90), make_results(seed=43, packed=0.80), make_results(seed=44, packed=0.85)]
+    runs += [make_results("mrpc", seed=42, packed=0.70), make_results("mrpc", seed=43, packed=0.72)]
+    table = render_table(runs)
+    # All runs: (85 + 71) / 2; of seeds 42 and 43: 80 and 76.
+    assert row(table, "twn")[-1] == "78.00 ± 2.83 (seeds 2)"
+    assert row(table, "twn: drop")[-1] == "13.00 ± 2.83 (seeds 2), paper -0.35, **13.35 over**"
+    assert row(render_table(runs[:-1]), "twn")[-1] == "77.50"  # only one seed in common
+
+
+def test_differences_are_between_runs_of_one_task_seed_and_teacher():
+    def pair(task, seed, first, second, teachers=(0.91, 0.91), distances=()):
+        runs = [
+            make_results(task, variant, seed, teacher, packed)
+            for variant, teacher, packed in zip(("a", "b"), teachers, (first, second), strict=True)
+        ]
+        for run, distance in zip(runs, distances):
+            run["packed"]["teacher_distance"] = distance
+        return runs
+
+    runs = [
+        *pair("sst2", 42, 0.90, 0.88, distances=(0.3, 0.4)),
+        *pair("sst2", 43, 0.90, 0.86, distances=(0.45, 0.5)),
+        *pair("sst2", 44, 0.90, 0.10, teachers=(0.91, 0.92)),  # not comparable
+        *pair("mrpc", 42, 0.70, 0.71),
+        *pair("mrpc", 43, 0.70, 0.72),
+        make_results("rte", "a", 42),
+    ]
+    table = render_differences(runs[:-1], [("a", "b"), ("b", "a")])
+    assert row(table, "") == ["SST-2", "MRPC", "mean"]
+    assert row(table, "a − b") == ["+3.00 ± 1.41 (pairs 2)", "-1.50 ± 0.71 (pairs 2)", "+0.75 ± 0.35 (seeds 2)"]
+    assert row(table, "a − b: distance, %") == ["-17.50 ± 10.61 (pairs 2)", "–", "-17.50 ± 10.61 (seeds 2)"]
+    assert row(table, "b − a")[1] == "+1.50 ± 0.71 (pairs 2)"
+    assert row(render_differences(runs, [("a", "b")]), "a − b")[-2:] == ["–", "+0.75 ± 0.35 (seeds 2)"]  # RTE: no pair
+    with pytest.raises(ValueError, match="expected one of a, b, found 'c'"):
+        render_differences(runs, [("a", "c")])
+    with pytest.raises(ValueError, match="a and b have no two runs of one task, seed and teacher"):
+        render_differences(pair("sst2", 44, 0.90, 0.10, teachers=(0.91, 0.92)), [("a", "b")])
+
+
+def test_a_text_shows_differences_of_several_folders(tmp_path):
+    write_results(tmp_path / "one" / "seed42.json", make_results(variant="a", packed=0.90))
+    write_results(tmp_path / "two" / "seed42.json", make_results(variant="b", packed=0.88))
+    text = "x\n<!-- qbert differences one+two a:b b:a -->\nold\n<!-- end -->\ny\n"
+    updated = update_tables(text, tmp_path)
+    assert "old" not in updated and updated.startswith("x\n<!-- qbert") and updated.endswith("<!-- end -->\ny\n")
+    assert row(updated, "a − b") == ["+2.00 (pairs 1)"] and row(updated, "b − a")[0] == "-2.00 (pairs 1)"
 
 
 def test_a_drop_equal_to_the_papers_is_not_over():
