@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
+from trainers import cli, tables
 from trainers import results as module
-from trainers import tables
 from trainers.published import published_drop
 from trainers.results import environment, load_results, read_results, variant_of, write_atomic, write_results
 from trainers.tables import escape_markdown, render_differences, render_distances, render_table, update_tables
@@ -330,6 +330,15 @@ def test_a_text_shows_differences_of_several_folders(tmp_path):
     updated = update_tables(text, tmp_path)
     assert "old" not in updated and updated.startswith("x\n<!-- qbert") and updated.endswith("<!-- end -->\ny\n")
     assert row(updated, "a − b") == ["+2.00 (pairs 1)"] and row(updated, "b − a")[0] == "-2.00 (pairs 1)"
+
+
+def test_the_command_shows_differences(tmp_path, capsys):
+    for variant, packed in (("a", 0.90), ("b", 0.88)):
+        write_results(tmp_path / f"{variant}.json", make_results(variant=variant, packed=packed))
+    assert cli.main(["table", str(tmp_path), "--differences", "a:b"]) == 0
+    assert row(capsys.readouterr().out, "a − b") == ["+2.00 (pairs 1)"]
+    assert cli.main(["table", str(tmp_path), "--differences", "a"]) == 2
+    assert "expected one of a, b, found ''" in capsys.readouterr().err
 
 
 def test_a_drop_equal_to_the_papers_is_not_over():
