@@ -378,17 +378,20 @@ def update_tables(text: str, root: str | Path) -> str:
     `+`.
 
     Raises:
-        ValueError: the text has no such block, or a folder no results.
+        ValueError: the text has no such block, a folder no results, or a block has pairs that should have none or the
+            other way round.
     """
     if not _BLOCK.search(text):
         raise ValueError("expected blocks '<!-- qbert table FOLDER -->' ... '<!-- end -->', found none")
 
     def render(block: re.Match) -> str:
+        pairs = [tuple(pair.split(":")) for pair in block[4].split()]
+        if bool(pairs) != (block[2] == "differences"):
+            raise ValueError(f"{block[1].strip()}: pairs FIRST:SECOND are for differences, which need at least one")
         if block[2] == "zoo":
             return block[1] + render_zoo(Path(root) / block[3]) + block[5]
-        pairs = [tuple(pair.split(":")) for pair in block[4].split()]
         runs = load_results([Path(root) / folder for folder in block[3].split("+")])
-        return block[1] + _RENDER[block[2]](runs, *([pairs] if block[2] == "differences" else [])) + block[5]
+        return block[1] + _RENDER[block[2]](runs, *([pairs] if pairs else [])) + block[5]
 
     return _BLOCK.sub(render, text)
 
@@ -404,10 +407,10 @@ def _notes(grid: Grid) -> list[str]:
     seeds = sorted({run["seed"] for run in runs})
     commits = sorted({run["commit"] or "unknown" for run in runs})
     devices = sorted({run["device"] for run in runs})
+    mean = " Mean: of the columns, where a row has all; ± over the seeds that all have." if len(grid.tasks) > 1 else ""
     return [
         "Main metric x 100 of the packed model, mean ± sample standard deviation over the seeds. Drop: teacher minus "
-        "packed model, each run against its own teacher; negative is a gain."
-        + (" Mean: of the columns, where a row has all; ± over the seeds that all have." * (len(grid.tasks) > 1)),
+        f"packed model, each run against its own teacher; negative is a gain.{mean}",
         _paper_note(grid, benchmark),
         f"Evaluated on: {', '.join(rows)}. Runs: {len(runs)}. Seeds: {', '.join(map(str, seeds))}. "
         f"Commits: {escape_markdown(', '.join(commit[:7] + commit[40:] for commit in commits))}. "

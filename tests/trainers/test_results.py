@@ -329,6 +329,9 @@ def test_a_text_shows_differences_of_several_folders(tmp_path):
     text = "x\n<!-- qbert differences one+two a:b b:a -->\nold\n<!-- end -->\ny\n"
     updated = update_tables(text, tmp_path)
     assert "old" not in updated and updated.startswith("x\n<!-- qbert") and updated.endswith("<!-- end -->\ny\n")
+    for wrong in ("differences one+two", "table one a:b"):
+        with pytest.raises(ValueError, match="pairs FIRST:SECOND"):
+            update_tables(text.replace("differences one+two a:b b:a", wrong), tmp_path)
     assert row(updated, "a − b") == ["+2.00 (pairs 1)"] and row(updated, "b − a")[0] == "-2.00 (pairs 1)"
 
 
