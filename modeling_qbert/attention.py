@@ -72,13 +72,13 @@ def quantized_attention(
             value, value_codes = module.value_quantizer.quantize(value, token_is_real, dims=(-2, -1))
         else:
             if per_tensor:
-                query_codes, key_codes = quantizer(query, rows_are_real), quantizer(key, rows_are_real)
+                query_codes, key_codes = (quantizer.quantized(x, rows_are_real) for x in (query, key))
             else:  # their ranges lie within a token: one call for both
-                both = quantizer(torch.stack((query, key)))
+                both = quantizer.quantized(torch.stack((query, key)))
                 query_codes, key_codes = (
                     Quantized(*(None if x is None else x[index] for x in both)) for index in range(2)
                 )
-            value_codes = quantizer(value, token_is_real, dims=(-2, -1))
+            value_codes = quantizer.quantized(value, token_is_real, dims=(-2, -1))
         scores = quantized_matmul(query, key.transpose(-1, -2), query_codes, _transposed(key_codes), scaling)
         if attention_mask is not None:
             scores = scores + attention_mask

@@ -206,7 +206,7 @@ class ActivationQuantizer(NamedTuple):
     symmetric: bool
     per_tensor: bool
 
-    def __call__(self, x: Tensor, valid: Tensor | None = None, dims: tuple[int, ...] = (-1,)) -> Quantized:
+    def quantized(self, x: Tensor, valid: Tensor | None = None, dims: tuple[int, ...] = (-1,)) -> Quantized:
         """Quantize x over `dims`; positions where the boolean `valid` (broadcastable) is False never widen a range.
 
         Codes come as float tensor of whole numbers, scale and offset with `dims` kept as 1.
@@ -237,7 +237,7 @@ class ActivationQuantizer(NamedTuple):
     ) -> tuple[Tensor, Quantized]:
         """(x, quantized x): gradients of the product that uses the codes pass straight through to x."""
         with torch.no_grad():
-            return x, self(x, valid, dims)
+            return x, self.quantized(x, valid, dims)
 
 
 class LsqQuantizer(nn.Module):

@@ -160,7 +160,7 @@ def test_threads_do_not_change_a_scale(quantizer, granularity):
 @pytest.mark.parametrize("shift", [0.0, 5.0, -0.3])
 def test_activation_error_is_half_a_step(quantizer, shift):
     x = torch.randn(4, 6, 19) * torch.logspace(-3, 2, 6).view(1, 6, 1) + shift
-    quantized = quantizer(x)
+    quantized = quantizer.quantized(x)
     assert quantized.scale.shape == ((1, 1, 1) if quantizer.per_tensor else (4, 6, 1))
     levels = 2 ** (quantizer.bits - 1)
     assert torch.equal(quantized.codes, quantized.codes.round())
@@ -176,7 +176,7 @@ def test_activation_error_is_half_a_step(quantizer, shift):
 def test_activation_of_equal_values(quantizer):
     for value in (0.0, 1.0, -3.0, 1e-35):
         x = torch.full((2, 3, 5), value)
-        torch.testing.assert_close(quantizer(x).dequantize(), x, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(quantizer.quantized(x).dequantize(), x, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("quantizer", EVERY_ACTIVATION)
@@ -185,20 +185,23 @@ def test_masked_positions_widen_no_range(quantizer):
     valid = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool).unsqueeze(-1)
     noisy = torch.where(valid, x, 1e4 * torch.randn(2, 4, 6))
     dims = (-2, -1)
-    one, two = quantizer(noisy, valid, dims), quantizer(torch.where(valid, x, x[:1, :1, :1]), None, dims)
+    one, two = (
+        quantizer.quantized(noisy, valid, dims),
+        quantizer.quantized(torch.where(valid, x, x[:1, :1, :1]), None, dims),
+    )
     if quantizer.per_tensor:
         kept = x[valid.squeeze(-1)]
-        two = quantizer(kept)
+        two = quantizer.quantized(kept)
         assert torch.equal(one.codes[valid.squeeze(-1)], two.codes)
         assert torch.equal(one.scale.flatten(), two.scale.flatten())
     else:
         for row, count in enumerate((3, 1)):
-            alone = quantizer(x[row : row + 1, :count], None, dims)
+            alone = quantizer.quantized(x[row : row + 1, :count], None, dims)
             assert torch.equal(one.codes[row : row + 1, :count], alone.codes)
             assert torch.equal(one.scale[row], alone.scale[0])
     levels = 2 ** (quantizer.bits - 1)
     assert one.codes.min() >= -levels and one.codes.max() <= levels - 1  # or the cast to int8 would wrap
-    nothing = quantizer(noisy, torch.zeros_like(valid), dims)
+    nothing = quantizer.quantized(noisy, torch.zeros_like(valid), dims)
     assert bool(torch.isfinite(nothing.dequantize()).all())
 
 
@@ -216,7 +219,7 @@ def test_products_of_codes_are_exact(monkeypatch, fast, columns, bound):
 def linear_case(quantizer, granularity, activation):
     x, weight, bias = torch.randn(6, 10), torch.randn(4, 10), torch.randn(4)
     spec = WeightSpec(quantizer, granularity, GROUP)
-    a, w = activation(x), quantize(quantizer, weight, granularity)
+    a, w = activation.quantized(x), quantize(quantizer, weight, granularity)
     a = Quantized(a.codes.to(torch.int8), *(part if part is None else part.reshape(-1, 1) for part in a[1:]))
     return x, weight, bias, a, w, spec
 
@@ -244,8 +247,8 @@ def test_linear_is_the_dequantized_product_and_its_gradients(quantizer, granular
 @pytest.mark.parametrize("bits", [4, 8])
 def test_matmul_is_the_dequantized_product_and_its_gradients(symmetric, bits):
     a, b = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 8, 6)
-    a_quantized = ActivationQuantizer(bits, symmetric[0], False)(a)
-    b_quantized = ActivationQuantizer(bits, symmetric[1], False)(b, None, (-2, -1))
+    a_quantized = ActivationQuantizer(bits, symmetric[0], False).quantized(a)
+    b_quantized = ActivationQuantizer(bits, symmetric[1], False).quantized(b, None, (-2, -1))
     leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
     values = [a_quantized.dequantize().requires_grad_(), b_quantized.dequantize().requires_grad_()]
     y, expected = quantized_matmul(*leaves, a_quantized, b_quantized), values[0] @ values[1]
