@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import test_question_answering as squad
 import torch
+from test_checkpointing import start_process
 from test_run import TINY, make_backbone, make_data
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
@@ -89,26 +89,18 @@ def train(recipe: Recipe, folder: Path) -> dict[str, str]:
     }
 
 
-def kill_in(recipe: Recipe, folder: Path, stage: str, steps: int) -> None:
-    """Runs the recipe in a process that dies in this stage when it has done so many steps of it."""
+def train_and_die(recipe: Recipe, folder: Path, stage: str, steps: int) -> None:
+    """Runs the recipe and kills its process when it has done so many steps of this stage."""
+    step = AtomicCheckpointMixin.training_step
 
-    def child() -> None:
-        torch.set_num_threads(1)  # a forked OpenMP pool would hang
-        step = AtomicCheckpointMixin.training_step
+    def training_step(self, *arguments, **keywords):
+        own = re.search(rf"-{stage}(-[0-9a-f]{{12}})?/training$", self.args.output_dir)
+        if own and self.state.global_step == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *arguments, **keywords)
 
-        def training_step(self, *arguments, **keywords):
-            own = re.search(rf"-{stage}(-[0-9a-f]{{12}})?/training$", self.args.output_dir)
-            if own and self.state.global_step == steps:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(self, *arguments, **keywords)
-
-        AtomicCheckpointMixin.training_step = training_step
-        train(recipe, folder)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
+    AtomicCheckpointMixin.training_step = training_step
+    train(recipe, folder)
 
 
 # Recipe, where it is killed (stage, steps done) one after the other, and steps that are then left: all those after the
@@ -133,7 +125,9 @@ def test_killed_and_started_again_ends_in_the_same_weights(workplace, tmp_path, 
     expected = train(recipe, tmp_path / "whole")
     assert len(expected) == len(recipe.stages) + 1
     for stage, steps in kills:
-        kill_in(recipe, tmp_path / "killed", stage, steps)
+        process = start_process(train_and_die, recipe, tmp_path / "killed", stage, steps)
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL
     taken = []
     step = AtomicCheckpointMixin.training_step
     monkeypatch.setattr(
