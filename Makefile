@@ -1,4 +1,4 @@
-# Needs Python 3.11, pip, make and a C compiler; `make PYTHON=python3.12 demo` takes another Python.
+# Needs Python 3.11, pip, make and a C++ compiler; `make PYTHON=python3.12 demo` takes another Python.
 PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
