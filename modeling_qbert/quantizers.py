@@ -206,6 +206,7 @@ class ActivationQuantizer(NamedTuple):
     symmetric: bool
     per_tensor: bool
 
+    # Not `__call__`: torch.compile of torch 2.10 cannot trace that of a NamedTuple.
     def quantized(self, x: Tensor, valid: Tensor | None = None, dims: tuple[int, ...] = (-1,)) -> Quantized:
         """Quantize x over `dims`; positions where the boolean `valid` (broadcastable) is False never widen a range.
 

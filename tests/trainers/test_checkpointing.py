@@ -156,9 +156,14 @@ def start_process(target, *arguments):
     """`target` in a process of its own: not a fork of this one, whose threads of OpenMP and autograd it would miss."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainers.run"])
-    process = context.Process(target=target, args=arguments)
+    process = context.Process(target=on_one_thread, args=(target, *arguments))
     process.start()
     return process
+
+
+def on_one_thread(target, *arguments):
+    torch.set_num_threads(1)  # as all tests: sums may depend on it
+    target(*arguments)
 
 
 def run_and_die(folder, die_at):
