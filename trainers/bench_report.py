@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .bench import NETWORKS, OURS, PROCESSES, numbers, thread_name
+from .bench import NETWORKS, OURS, PROCESSES, numbers
+from .figures import save_figure
 from .rivals import RIVALS
 
 
@@ -38,18 +39,8 @@ def floor_ms(cpu: str, network: str, name: str, batch: int, tokens: int, threads
 
 
 def render(report: Mapping[str, Any], kinds: Iterable[str] = ("speed", "memory", "pipeline")) -> str:
-    """Markdown tables of a report: our settings as ratios to the best rival, floors beside them, rivals in ms.
-
-    Kinds may name a number of threads, as `speed/2`.
-    """
-    parts = []
-    for kind, _, threads in (kind.partition("/") for kind in kinds):
-        cells = report.get(kind, {})
-        if threads:
-            wanted = thread_name(int(threads))
-            cells = {network: {wanted: by[wanted]} for network, by in cells.items() if wanted in by}
-        parts += _RENDER[kind](cells)
-    return "\n\n".join(parts)
+    """Markdown tables of a report: our settings as ratios to the best rival, floors beside them, rivals in ms."""
+    return "\n\n".join(part for kind in kinds for part in _RENDER[kind](report.get(kind, {})))
 
 
 def _render_speed(speed: Mapping[str, Any]) -> Iterable[str]:
@@ -110,7 +101,7 @@ def _render_pipeline(results: Mapping[str, Any]) -> Iterable[str]:
 
 
 _RENDER = {"speed": _render_speed, "memory": _render_memory, "pipeline": _render_pipeline}
-_BLOCK = re.compile(r"(<!-- qbert bench (\S+)((?: [\w/]+)*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- qbert bench (\S+)((?: \w+)*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def update_text(text: str, root: Path) -> str:
@@ -124,20 +115,30 @@ def update_text(text: str, root: Path) -> str:
 
 
 def plot(report: Mapping[str, Any], path: str | Path) -> None:
-    """Ratios to the best rival, one panel for each network and number of threads."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """PNG of the ratios to the best rival: a row of panels for each network, a panel for each number of threads."""
+    speed = report["speed"]
+    columns = max(map(len, speed.values()))
 
-    panels = [(network, threads) for network, cells in report["speed"].items() for threads in cells]
-    figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, (network, threads) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels):
-        cells = report["speed"][network][threads]
-        shapes = sorted(cells, key=numbers)
-        for name in OURS:
-            axis.plot(shapes, [cells[shape]["ratio"].get(name, float("nan")) for shape in shapes], "o-", label=name)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(title=f"{network}, {threads}", xlabel="batch x tokens", ylabel="times as fast as the best int8 rival")
-        axis.set_ylim(bottom=0)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    def draw(figure: Any) -> None:
+        rows = figure.subplots(len(speed), columns, squeeze=False, sharey="row")
+        for row, (network, by_threads) in zip(rows, speed.items()):
+            for axis in row[len(by_threads) :]:
+                axis.remove()
+            row[0].set_ylabel("times as fast as the best int8 rival")
+            for axis, (threads, cells) in zip(row, by_threads.items()):
+                shapes = sorted(cells, key=numbers)
+                for name in OURS:
+                    ratios = [cells[shape]["ratio"].get(name, float("nan")) for shape in shapes]
+                    # Dashed: as many multiply-adds as two networks, or BinaryBERT's narrower network.
+                    line = "o--" if name.endswith(("planes", "split")) else "o-"
+                    axis.plot(shapes, ratios, line, markersize=4, linewidth=1.4, label=name)
+                axis.axhline(1, color="black", linewidth=0.8)
+                axis.grid(alpha=0.3)
+                axis.set_title(f"{network}, {threads}")
+            row[0].set_ylim(bottom=0)  # last: shared axes no longer grow then
+        for axis in rows[-1]:
+            axis.set_xlabel("batch x tokens")
+        handles, labels = rows[0][0].get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
+
+    save_figure(draw, (4.6 * columns + 1.4, 3.4 * len(speed)), path)

@@ -19,7 +19,8 @@ from .tables import Grid, main_score, metric_label, task_label
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 
-def _save_figure(draw: Callable[[Any], None], size: tuple[float, float], path: str | Path) -> None:
+def save_figure(draw: Callable[[Any], None], size: tuple[float, float], path: str | Path) -> None:
+    """Writes what `draw` puts into a matplotlib figure of so many inches as a PNG."""
     # Not pyplot: no global state, no display, and no backend changed for the caller.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -75,7 +76,7 @@ def plot_results(results: Sequence[Mapping[str, Any]], path: str | Path) -> None
 
     columns = min(len(grid.tasks), 3)
     width = max(2.6, 1.1 + 0.45 * (len(grid.variants) + 1)) * columns
-    _save_figure(draw, (max(4.0, width), 3.8 * math.ceil(len(grid.tasks) / columns)), path)
+    save_figure(draw, (max(4.0, width), 3.8 * math.ceil(len(grid.tasks) / columns)), path)
 
 
 def _distance(run: Mapping[str, Any]) -> float:
@@ -200,7 +201,7 @@ def plot_sizes(
         if note:
             figure.supxlabel(_literal("\n".join(textwrap.wrap(note, 110))), fontsize=8)
 
-    _save_figure(draw, (8.0, max(4.5, 2.0 + 0.2 * len(variants))), path)
+    save_figure(draw, (8.0, max(4.5, 2.0 + 0.2 * len(variants))), path)
 
 
 def _label_points(axis: Any, points: Sequence[tuple[str, float, float, str, str]], inches: Sequence[float]) -> None:
@@ -290,4 +291,4 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path) ->
             axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         axis.set_xlabel("step")
 
-    _save_figure(draw, (8.0, 3.0 * len(curves)), path)
+    save_figure(draw, (8.0, 3.0 * len(curves)), path)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from trainers import bench, bench_report, rivals
 
@@ -90,9 +91,23 @@ def test_which_cpus_saturate(tmp_path, monkeypatch, flags, expected):
 
 def test_floors_belong_to_the_cpu_that_was_probed():
     report = json.loads((ROOT / "benchmarks/results/bench.json").read_text())
-    assert "x floor)" in bench_report.render(report, ["speed/1"])
+    assert "x floor)" in bench_report.render(report, ["speed"])
     for by_threads in report["speed"].values():
         for cells in by_threads.values():
             for cell in cells.values():
                 cell["cpu"] = "another"
-    assert "x floor)" not in bench_report.render(report, ["speed/1"])
+    assert "x floor)" not in bench_report.render(report, ["speed"])
+
+
+def test_the_figure_shows_every_ratio(monkeypatch, tmp_path):
+    figure = Figure()
+    monkeypatch.setattr(bench_report, "save_figure", lambda draw, _size, _path: draw(figure))
+    report = json.loads((ROOT / "benchmarks/results/bench.json").read_text())
+    bench_report.plot(report, tmp_path / "bench.png")
+    assert [axis.get_title() for axis in figure.axes] == [
+        f"{name}, {n}" for name, by in report["speed"].items() for n in by
+    ]
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        shown = [y for line in axis.get_lines() for y in line.get_ydata()]
+        assert low == 0 and 0 < min(shown) and max(shown) < high

@@ -34,7 +34,7 @@ def test_one_panel_per_task_and_no_empty_ones(monkeypatch):
     from matplotlib.figure import Figure
 
     figure = Figure()
-    monkeypatch.setattr(figures, "_save_figure", lambda draw, _size, _path: draw(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda draw, _size, _path: draw(figure))
     plot_results([make_results(task) for task in ("rte", "sst2", "mrpc", "other")], "unused.png")
     assert [axis.get_title().splitlines()[0] for axis in figure.axes] == ["SST-2", "MRPC", "RTE", "other"]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["teacher", "twn"]
@@ -53,7 +53,7 @@ def test_sizes_are_means_of_the_tasks_that_all_variants_have(monkeypatch):
     from matplotlib.figure import Figure
 
     seen = []
-    monkeypatch.setattr(figures, "_save_figure", lambda draw, _size, _path: (seen.append(Figure()), draw(seen[-1])))
+    monkeypatch.setattr(figures, "save_figure", lambda draw, _size, _path: (seen.append(Figure()), draw(seen[-1])))
     whole = [make_results(task, "whole", packed=score) for task, score in (("sst2", 0.9), ("mrpc", 0.7))]
     runs = [*whole, make_results("sst2", "part", packed=0.6, recipe={"family": "binary", "stages": [{}]})]
     plot_sizes(runs, "unused.png")
@@ -84,7 +84,7 @@ def test_a_teacher_is_a_mean_of_its_own_and_needs_the_tasks_too(monkeypatch):
     from matplotlib.figure import Figure
 
     figure = Figure()
-    monkeypatch.setattr(figures, "_save_figure", lambda draw, _size, _path: draw(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda draw, _size, _path: draw(figure))
     runs = [make_results(task, "small", teacher=score) for task, score in (("sst2", 0.9), ("mrpc", 0.8))]
     other = [
         make_results(task, "large", teacher=score, packed=0.8) for task, score in (("sst2", 0.95), ("mrpc", 0.85))
@@ -125,7 +125,7 @@ def test_work_is_drawn_and_widths_are_joined(monkeypatch):
     from matplotlib.figure import Figure
 
     figure = Figure()
-    monkeypatch.setattr(figures, "_save_figure", lambda draw, _size, _path: draw(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda draw, _size, _path: draw(figure))
     runs = [
         make_results("sst2", f"{name}-{width}", packed=score, multiply_adds={"backbone": width * 1e8, "ghosts": extra})
         for name, extra, scores in (("ghost", 2e6, (0.8, 0.86)), ("pruned", 0, (0.7, 0.85)))
