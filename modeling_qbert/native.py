@@ -25,10 +25,11 @@ from .packing import packed_columns as row_bytes
 from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
 
 
-VERSION = 9  # of the C interface
+VERSION = 10  # of the C interface
 LEVELS = ("scalar", "neon") if platform.machine() in ("aarch64", "arm64") else ("scalar", "avx2", "vnni", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
+MOST_TAPS = 15  # tokens of a ghost feature's kernel whose gradient the engine has
 OUT_OF_TABLE, HIDDEN_START = -2, -3  # answers of `qb_encoder_forward` that torch can explain better
 
 _DROPOUT = [c_uint64, c_uint32, c_float]
@@ -48,7 +49,8 @@ _SIGNATURES = {
     "qb_gelu": (None, [c_void_p, c_int64, c_int64]),
     "qb_layer_norm": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float]),
     "qb_attention": (c_int, [*[c_void_p] * 3, c_int64, c_int64, c_float, *[c_void_p] * 3]),
-    "qb_ghosts": (c_int, [c_void_p, c_void_p, *[c_int64] * 5, *[c_void_p] * 3]),
+    "qb_ghosts": (c_int, [c_void_p, c_void_p, *[c_int64] * 5, *[c_void_p] * 3, c_int]),
+    "qb_ghost_gradient": (None, [*[c_void_p] * 3, *[c_int64] * 5, *[c_void_p] * 5, c_int]),
     "qb_dropout": (None, [c_void_p, c_int64, c_int64, *_DROPOUT, c_void_p, c_int]),
     "qb_scale": (None, [c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_float, c_float, c_int]),
     "qb_softmax_codes": (None, [c_void_p, c_int64, c_int64, c_float, *_DROPOUT, *[c_void_p] * 3, c_int]),
@@ -420,15 +422,45 @@ class GhostWeights(NamedTuple):
     scale: Tensor
 
 
-def ghost_features(y: Tensor, real: Tensor, ghosts: GhostWeights) -> Tensor:
-    """Rows (N, C) of float32 y (B, T, C) where the bool `real` (B, T) is True, with their ghost features."""
+def ghost_features(y: Tensor, real: Tensor | None, ghosts: GhostWeights) -> Tensor:
+    """Float32 y (B, T, C) with its ghost features; tokens where the bool `real` (B, T) is False stay as they are."""
     features, size, columns = ghosts.kernels.shape
-    rows, places = y[real], real.flatten().nonzero().flatten()
+    if real is None:
+        rows, places = y.flatten(0, 1), torch.arange(y.shape[0] * y.shape[1])
+    else:
+        rows, places = y[real], real.flatten().nonzero().flatten()
     out = torch.empty_like(rows)
     inputs = [_address(rows, torch.float32, (len(places), columns)), _address(places, torch.int64)]
-    weights = [_address(ghosts.kernels, torch.float32), _address(ghosts.scale, torch.float32, (features, columns))]
-    _check(_library.qb_ghosts(*inputs, *rows.shape[:1], y.shape[1], columns, features, size, *weights, out.data_ptr()))
-    return out
+    sizes = (len(places), y.shape[1], columns, features, size)
+    _check(_library.qb_ghosts(*inputs, *sizes, *_ghosts(ghosts), out.data_ptr(), torch.get_num_threads()))
+    return out.view_as(y) if real is None else y.masked_scatter(real.unsqueeze(-1), out)
+
+
+def ghost_gradient(
+    gradient: Tensor, y: Tensor, real: Tensor | None, ghosts: GhostWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, kernels and factors from that of `ghost_features` (B, T, C), float32 all; kernels of at most
+    `MOST_TAPS` tokens."""
+    features, size, columns = ghosts.kernels.shape
+    if size > MOST_TAPS:
+        raise ValueError(f"kernels: expected at most {MOST_TAPS} tokens, found {size}")
+    shape = (*y.shape[:2], columns)
+    inputs = [_address(part, torch.float32, shape) for part in (gradient, y)]
+    found = gradient.clone(), torch.zeros_like(ghosts.kernels), torch.zeros_like(ghosts.scale)
+    _library.qb_ghost_gradient(
+        *inputs,
+        _address(real, torch.bool, shape[:2]),
+        *(*shape, features, size),
+        *_ghosts(ghosts),
+        *(part.data_ptr() for part in found),
+        torch.get_num_threads(),
+    )
+    return found
+
+
+def _ghosts(ghosts: GhostWeights) -> list:
+    features, _, columns = ghosts.kernels.shape
+    return [_address(ghosts.kernels, torch.float32), _address(ghosts.scale, torch.float32, (features, columns))]
 
 
 class LayerWeights(NamedTuple):

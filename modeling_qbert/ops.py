@@ -21,6 +21,7 @@ from .quantizers import LsqQuantizer, Quantized, expand_scale, softmax_codes
 try:
     from .native import (
         Dropout,
+        MOST_TAPS,
         EmbeddingTables,
         GhostWeights,
         LayerWeights,
@@ -28,6 +29,8 @@ try:
         NativeEncoder,
         NativeWeight,
         drop,
+        ghost_features,
+        ghost_gradient,
         place_of,
         scale_products,
         softmax_gradient,
@@ -39,7 +42,8 @@ try:
     WHY_NOT_NATIVE = ""
 except ImportError as _error:  # built without a compiler, or copied as remote code
     EmbeddingTables = GhostWeights = LayerWeights = NativeDense = NativeEncoder = NativeWeight = None
-    place_of = supports = traced_linear = None
+    place_of = supports = traced_linear = ghost_features = ghost_gradient = None
+    MOST_TAPS = 0
     Dropout = drop = native_softmax_codes = scale_products = softmax_gradient = None
     WHY_NOT_NATIVE = str(_error)
 
@@ -356,6 +360,29 @@ def _seed() -> int:
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zeros for a share p of x, the rest divided by 1 - p; torch's CPU kernel would draw number by number."""
     return _Dropped.apply(x, p) if 0 < p < 1 and x.numel() and _is_native(x) else F.dropout(x, p)
+
+
+class _GhostSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, real: Tensor | None, kernels: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(y, real, kernels, scale)
+        return ghost_features(y, real, GhostWeights(kernels, scale))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        y, real, kernels, scale = ctx.saved_tensors
+        of_y, of_kernels, of_scale = ghost_gradient(grad.contiguous(), y, real, GhostWeights(kernels, scale))
+        return of_y, None, of_kernels, of_scale
+
+
+def ghost_sums(y: Tensor, real: Tensor | None, kernels: Tensor, scale: Tensor) -> Tensor | None:
+    """y (B, T, C) with ghost features of kernels (F, C, k), ReLU and factors (F, C), differentiable once; tokens where the
+    bool `real` (B, T) is False keep their y. None where the engine is not there or does not take them."""
+    if not _is_native(y, kernels, scale) or kernels.shape[2] > MOST_TAPS:
+        return None
+    real = None if real is None else real.contiguous()
+    return _GhostSums.apply(y.contiguous(), real, kernels.transpose(1, 2).contiguous(), scale.contiguous())
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -173,9 +173,9 @@ void multiply(const Job& job, int thread, const Team& team) {
                      vectors * (thread + 1) / team.size(), job.y, job.weight->padded_rows());
 }
 
-// body(row) for every row, shared among threads.
+// body(row, thread) for every row, shared among threads.
 template <typename Body>
-void for_rows(long rows, int threads, const Body& body) {
+void for_pieces(long rows, int threads, const Body& body) {
     struct Work {
         const Body& body;
         long rows;
@@ -183,8 +183,13 @@ void for_rows(long rows, int threads, const Body& body) {
     run_team(std::max(threads, 1), [](void* context, int thread, Team& team) {
         const Work& work = *static_cast<Work*>(context);
         const long last = work.rows * (thread + 1) / team.size();
-        for (long row = work.rows * thread / team.size(); row < last; ++row) work.body(row);
+        for (long row = work.rows * thread / team.size(); row < last; ++row) work.body(row, thread);
     }, &work);
+}
+
+template <typename Body>
+void for_rows(long rows, int threads, const Body& body) {
+    for_pieces(rows, threads, [&](long row, int) { body(row); });
 }
 
 }  // namespace
@@ -192,7 +197,7 @@ void for_rows(long rows, int threads, const Body& body) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int qb_version() { return 9; }
+int qb_version() { return 10; }
 
 int qb_best_level() { return best_level(); }
 
@@ -321,18 +326,31 @@ int qb_layer_norm(float* x, int64_t rows, int64_t columns, const float* weight, 
 // out (N, C) = y (N, C) with ghost features of kernels (F, k, C) and scale (F, C). places (N): of each row in sentences of
 // `tokens` tokens one behind the other, ascending; tokens without a row are hidden.
 int qb_ghosts(const float* y, const int64_t* places, int64_t rows, int64_t tokens, int64_t columns, int64_t features,
-              int64_t size, const float* kernels, const float* scale, float* out) try {
+              int64_t size, const float* kernels, const float* scale, float* out, int threads) try {
     Ghosts ghosts;
     set_ghosts(ghosts, kernels, scale, features, size, columns);
     const std::vector<long> at(places, places + rows);
-    std::vector<const float*> taps(size);
-    for (long row = 0; row < rows; ++row) {
-        find_taps(ghosts, at.data(), rows, tokens, row, y, columns, taps.data());
-        qbert::kernels().ghost(ghosts, taps.data(), columns, out + row * columns);
-    }
+    std::vector<const float*> all(std::max(threads, 1) * size);
+    for_pieces(rows, threads, [&](long row, int thread) {
+        const float** taps = all.data() + thread * size;
+        find_taps(ghosts, at.data(), rows, tokens, row, y, columns, taps);
+        qbert::kernels().ghost(ghosts, taps, columns, out + row * columns);
+    });
     return kDone;
 } catch (const std::bad_alloc&) {
     return kNoMemory;
+}
+
+// Adds to of_y (B, T, C), of_kernels (F, k, C) and of_scale (F, C) what `gradient` (B, T, C) of y with its ghost features
+// gives to them through the features. real (B, T), or null where no token is hidden; k is at most kMostTaps.
+void qb_ghost_gradient(const float* gradient, const float* y, const uint8_t* real, int64_t sentences, int64_t tokens,
+                       int64_t columns, int64_t features, int64_t size, const float* kernels, const float* scale,
+                       float* of_y, float* of_kernels, float* of_scale, int threads) {
+    const GhostGradient work{y, gradient, real, sentences, tokens, columns, features, size,
+                             kernels, scale, of_y, of_kernels, of_scale};
+    for_rows((columns + kLanes - 1) / kLanes, threads, [&](long vector) {
+        qbert::kernels().ghost_gradient(work, vector * kLanes, std::min<long>(columns, (vector + 1) * kLanes));
+    });
 }
 
 // context (T, D) of query, key, value (T, D); places of the three and of the probabilities.

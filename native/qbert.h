@@ -125,6 +125,16 @@ struct Ghosts {
     Buffer<float> nothing;        // (C) zeros: a token that is hidden or beyond the sentence
 };
 
+// A batch (B, T, C) of tokens with ghost features, and the gradients that training needs.
+struct GhostGradient {
+    const float *y, *gradient;  // of the sum that has the features
+    const uint8_t* real;        // (B, T), or null: all tokens are
+    long sentences, tokens, columns, features, size;
+    const float *kernels, *scale;         // (F, k, C), (F, C)
+    float *of_y, *of_kernels, *of_scale;  // are added to
+};
+constexpr long kMostTaps = 15;  // of a gradient
+
 // Attention of one head of one sentence.
 struct Head {
     const float* query;  // (tokens, stride) floats; key and value alike
@@ -170,6 +180,7 @@ struct Kernels {
     void (*attention)(const Head&);
     // out (n) = taps[k / 2] + the sum over features of scale * relu(the sum over k of kernel * taps[k]).
     void (*ghost)(const Ghosts&, const float* const* taps, long n, float* out);
+    void (*ghost_gradient)(const GhostGradient&, long first, long last);  // of channels [first, last)
     void (*dropout)(const float* x, long n, const Dropout&, long row, float* y);
     void (*scale)(const Factors&, long n, float* y);
     void (*softmax_codes)(const float* scores, long n, float levels, const Dropout&, long row, float* probabilities,

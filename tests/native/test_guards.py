@@ -109,8 +109,20 @@ def test_ghost_features(level, fence, columns):  # noqa: ARG001
     addresses = [fence(part).data_ptr() for part in (kernels, scale)]
     sizes = (len(places), 9, columns, 2, 5)
     inputs = (fence(rows).data_ptr(), fence(places).data_ptr())
-    assert native._library.qb_ghosts(*inputs, *sizes, *addresses, out.data_ptr()) == 0
-    assert torch.equal(out, native.ghost_features(y, real, native.GhostWeights(kernels, scale)))
+    assert native._library.qb_ghosts(*inputs, *sizes, *addresses, out.data_ptr(), 2) == 0
+    assert torch.equal(out, native.ghost_features(y, real, native.GhostWeights(kernels, scale))[real])
+
+
+@pytest.mark.parametrize("columns", SIZES)
+def test_ghost_gradient(level, fence, columns):  # noqa: ARG001
+    y, gradient, real = torch.randn(2, 9, columns), torch.randn(2, 9, columns), torch.rand(2, 9) < 0.7
+    weights = native.GhostWeights(torch.randn(2, 5, columns), torch.randn(2, columns))
+    expected = native.ghost_gradient(gradient, y, real, weights)
+    found = [fence(part) for part in (gradient, torch.zeros_like(weights.kernels), torch.zeros_like(weights.scale))]
+    inputs = [fence(part).data_ptr() for part in (gradient, y, real)]
+    addresses = [part.data_ptr() for part in (*map(fence, weights), *found)]
+    native._library.qb_ghost_gradient(*inputs, 2, 9, columns, 2, 5, *addresses, 2)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 
 MODELS = [

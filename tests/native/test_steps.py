@@ -130,7 +130,49 @@ def test_random_ghosts(level):
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
             patch.setattr(ghost, "_running", types.SimpleNamespace(real_tokens=real))
             expected = module(y)[real]
-        assert torch.equal(native.ghost_features(y, real, weights), expected), (tokens, features, size, columns)
+        assert torch.equal(native.ghost_features(y, real, weights)[real], expected), (tokens, features, size, columns)
+
+
+def test_random_ghosts_in_training(level):
+    """Sums as `GhostFeatures` has them without the engine, gradients as those of torch, on any number of threads."""
+    generator = np.random.default_rng(native.LEVELS.index(level))
+    for _ in range(int(os.environ.get("QBERT_CASES", "200")) // 4):
+        batch, tokens, features = generator.integers(1, 5, 3).tolist()
+        size = 2 * int(generator.integers(0, 4)) + 1
+        columns = max(1, 16 * int(generator.integers(0, 4)) + int(generator.integers(-2, 3)))
+        module = ghost.GhostFeatures(0.0, features, columns, size, ("softmax", "none")[generator.integers(2)], "relu")
+        torch.nn.init.normal_(module.ghost_scale)
+        y, gradient = torch.randn(2, batch, tokens, columns)
+        real = None
+        if generator.random() < 0.7:
+            real = torch.from_numpy(generator.random((batch, tokens)) < 0.8)
+            gradient[~real] = 0
+        found = []
+        for threads, training in ((1, True), (3, True), (1, False)):  # in eval mode the module is plain torch
+            source = y.clone().requires_grad_()
+            module.zero_grad()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ghost, "_running", types.SimpleNamespace(real_tokens=real))
+                patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+                total = module.train(training)(source)
+            assert (type(total.grad_fn).__name__ == "_GhostSumsBackward") == training
+            total.backward(gradient)
+            sums = total.detach() if real is None else total.detach()[real]
+            found.append((sums, source.grad, module.ghost_scale.grad, module.ghost_kernel.grad))
+        (one, three, plain) = found
+        assert all(torch.equal(*pair) for pair in zip(one, three))
+        assert torch.equal(one[0], plain[0])
+        for ours, theirs in zip(one[1:], plain[1:]):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_ghost_gradients_of_long_kernels_are_torchs():
+    module = ghost.GhostFeatures(0.0, 1, 4, native.MOST_TAPS + 2, "none", "relu")
+    total = module(torch.randn(1, 30, 4))
+    assert type(total.grad_fn).__name__ != "_GhostSumsBackward"
+    with pytest.raises(ValueError, match="at most 15 tokens, found 17"):
+        y, weights = torch.randn(1, 30, 4), native.GhostWeights(torch.randn(1, 17, 4), torch.randn(1, 4))
+        native.ghost_gradient(y, y, None, weights)
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 33, 130])
