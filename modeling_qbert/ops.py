@@ -20,8 +20,8 @@ from .quantizers import LsqQuantizer, Quantized, expand_scale, softmax_codes
 
 try:
     from .native import (
-        Dropout,
         MOST_TAPS,
+        Dropout,
         EmbeddingTables,
         GhostWeights,
         LayerWeights,
@@ -377,8 +377,10 @@ class _GhostSums(torch.autograd.Function):
 
 
 def ghost_sums(y: Tensor, real: Tensor | None, kernels: Tensor, scale: Tensor) -> Tensor | None:
-    """y (B, T, C) with ghost features of kernels (F, C, k), ReLU and factors (F, C), differentiable once; tokens where the
-    bool `real` (B, T) is False keep their y. None where the engine is not there or does not take them."""
+    """y (B, T, C) with ghost features of kernels (F, C, k), ReLU and factors (F, C), differentiable once.
+
+    Tokens where the bool `real` (B, T) is False keep their y. None where the engine is not there or takes no such tensors.
+    """
     if not _is_native(y, kernels, scale) or kernels.shape[2] > MOST_TAPS:
         return None
     real = None if real is None else real.contiguous()
