@@ -379,7 +379,7 @@ class _GhostSums(torch.autograd.Function):
 def ghost_sums(y: Tensor, real: Tensor | None, kernels: Tensor, scale: Tensor) -> Tensor | None:
     """y (B, T, C) with ghost features of kernels (F, C, k), ReLU and factors (F, C), differentiable once.
 
-    Tokens where the bool `real` (B, T) is False keep their y. None where the engine is not there or takes no such tensors.
+    Tokens where the bool `real` (B, T) is False keep their y. None where the engine does not take them.
     """
     if not _is_native(y, kernels, scale) or kernels.shape[2] > MOST_TAPS:
         return None
