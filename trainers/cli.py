@@ -185,6 +185,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     spec = DataSpec(
         task=arguments.task,
         path=arguments.data or get_task(arguments.task).dataset,
+        train_split="validation" if arguments.split == "train" else "train",  # not read
         eval_split=arguments.split,
         max_length=arguments.max_length or (384 if get_task(arguments.task).kind == "question-answering" else 128),
         null_threshold=arguments.null_threshold,

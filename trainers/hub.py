@@ -127,7 +127,7 @@ def assemble(checkpoint: Path, repo_id: str, folder: Path) -> list[str]:
 def _write_eval_results(folder: Path, results: dict) -> None:
     """`.eval_results/<task>.yaml` of a task whose data set is on the Hub: the score for the Hub's benchmarks."""
     task = TASKS.get(results["task"]) if results["task"] else None
-    if task is None or not task.dataset:
+    if task is None or not task.dataset or task.name is None:  # benchmarks are known by their configuration
         return
     notes = f"{results['main_metric']}, {results['split']} split, {results['rows']} rows, seed {results['seed']}"
     value = results["packed"]["metrics"][results["main_metric"]]

@@ -1,6 +1,7 @@
 """Where models come from: a teacher's checkpoint by name, and the student that a stage starts with."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from importlib.util import find_spec
@@ -124,6 +125,17 @@ def load_teacher(
 ) -> PreTrainedModel:
     """Task model of a checkpoint; `labels` (`trainers.data.label_config`) gives a backbone a new head."""
     return auto_class.from_pretrained(resolve_model(name), dtype=torch.float32, **(labels or {}))
+
+
+def weights_digest(name: str, labels: dict | None, auto_class: type) -> str:
+    """SHA-256 of the weights that `load_teacher` finds in a checkpoint: two folders of one name are told apart."""
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = auto_class.from_pretrained(resolve_model(name), **options, **(labels or {}))
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        if key not in info["missing_keys"]:
+            digest.update(json.dumps([key, list(tensor.shape)]).encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def student_config(recipe: Recipe, stage: Stage, teacher: str, labels: dict, head: str = SEQUENCE_CLASSIFICATION.name):

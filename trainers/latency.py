@@ -33,10 +33,16 @@ def measure_latency(
         rounds: timed passes of each model and length, after three that are not counted.
 
     Raises:
+        ValueError: the checkpoint is not packed.
         RuntimeError: a packed answer changed between passes; then no time is worth anything.
     """
     config = AutoConfig.from_pretrained(folder)
-    packed = getattr(modeling_qbert, config.architectures[0]).from_pretrained(folder).eval()
+    architecture = (config.architectures or ["none"])[0]
+    if not hasattr(modeling_qbert, architecture) or not hasattr(config, "quantization_config"):
+        raise ValueError(
+            f"{folder}/config.json: expected the architecture of a packed low-bit model, found {architecture}"
+        )
+    packed = getattr(modeling_qbert, architecture).from_pretrained(folder).eval()
     models = {"packed_ms": packed, "fp32_ms": packed.dequantize()}
     generator = torch.Generator().manual_seed(0)
     rows = []

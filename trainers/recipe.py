@@ -313,6 +313,12 @@ class Recipe:
         return build_dataclass(cls, values, "")
 
     @classmethod
+    def from_portable(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe that `portable()` values tell of, and that has the same ones: they name no place of data."""
+        augmented = any(stage.get("augmented") for stage in values["stages"])
+        return cls.from_dict({**values, "data": values["data"] | {"augmented": "elsewhere" if augmented else None}})
+
+    @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Reads a recipe file and applies dotted `key=value` overrides. Raises `ValueError` naming file and field."""
         try:

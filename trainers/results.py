@@ -175,8 +175,8 @@ def load_results(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     """Reads many result files, in the given order.
 
     Args:
-        paths: files, or folders: of a folder every `results.json` below it or, when there is none, every `*.json`
-            (the layout that `trainers.sweep.collect` writes).
+        paths: files, or folders: of a folder every `results.json` below it, but for the copies that runs keep beside
+            their checkpoints, or, when there is none, every `*.json` (as `trainers.sweep.collect` lays them).
 
     Where two sweeps have a variant of one name, both get the sweep's name before it: their runs are different ones.
 
@@ -185,7 +185,10 @@ def load_results(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        found = sorted(path.rglob(RESULTS_NAME)) or sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            found = sorted(path.rglob(RESULTS_NAME)) or sorted(path.rglob("*.json"))
+            found = [file for file in found if file.parent.parent / RESULTS_NAME not in found]
         if not found:
             raise ValueError(f"{path}: the folder holds no {RESULTS_NAME} and no other JSON file")
         files.extend(found)

@@ -30,6 +30,7 @@ from .initialization import (
     load_teacher,
     resolve_model,
     student_config,
+    weights_digest,
 )
 from .machine import bfloat16_is_fast
 from .metrics import mean_squared_difference
@@ -67,15 +68,16 @@ def run_recipe(recipe: Recipe, output: str | Path, teachers: str | Path | None =
         teachers: folder in which fine-tuned teachers are kept and shared between runs; default `output`/teachers.
 
     Raises:
-        ValueError: recipe, data or models do not fit each other, or `output` holds another recipe's run.
+        ValueError: recipe, data or models do not fit each other, or `output` holds a run of another recipe, of other
+            rows or of another teacher.
     """
     output = Path(output)
     with folder_lock(output):
         finished = output / RESULTS_NAME
         _check_recipe(recipe, output)
-        if finished.exists():
-            return read_results(finished)
-        return _Run(recipe, output, Path(teachers or output / "teachers")).execute()
+        run = _Run(recipe, output, Path(teachers or output / "teachers"))
+        _check_inputs(run.inputs, output)
+        return read_results(finished) if finished.exists() else run.execute()
 
 
 def _check_recipe(recipe: Recipe, output: Path) -> None:
@@ -87,6 +89,21 @@ def _check_recipe(recipe: Recipe, output: Path) -> None:
             raise ValueError(f"{path}: holds another recipe than the one given; choose another output folder")
     else:
         write_atomic(path, recipe.to_yaml().encode())
+
+
+def _check_inputs(inputs: dict, output: Path) -> None:
+    """The rows and the teacher, of which a recipe has only names, must be those that the folder was begun with."""
+    path = output / "inputs.json"
+    if not path.exists():
+        _write_json(path, inputs)
+        return
+    found = json.loads(path.read_text())
+    for name in {**inputs, **found}:
+        if inputs.get(name) != found.get(name):
+            raise ValueError(
+                f"{path}: this folder holds a run with other {name}: {found.get(name)}, now {inputs.get(name)}; "
+                "choose another output folder"
+            )
 
 
 class _Run:
@@ -104,6 +121,10 @@ class _Run:
         self.task = task_of(spec, self.data)
         self.head = HEADS[self.task.kind]
         self.labels = {} if self.task.kind == "embedding" else label_config(self.data)
+        # What the teacher's name stands for; weights of a bundled model are pinned.
+        self.teacher_identity = recipe.portable()["teacher"]
+        if recipe.teacher.model not in BUNDLED:
+            self.teacher_identity["sha256"] = weights_digest(recipe.teacher.model, self.labels, self.head.auto_class)
         self.backbone = self._backbone(teachers)
         for stage in recipe.stages:  # fail before anything is trained
             student_config(recipe, stage, self.backbone, self.labels, self.head.name)
@@ -119,21 +140,20 @@ class _Run:
             rows = load_augmented(spec, self.data[spec.train_split])
             self.augmented = self.head.encode(rows, self.tokenizer, spec)
             self.identity = self.original | {"augmented": data_identity(rows)}
-        key = {"teacher": recipe.portable()["teacher"], "data": recipe.portable()["data"], "rows": self.original}
+        self.inputs = {"rows": self.identity, "teacher": self.teacher_identity.get("sha256")}
+        key = {"teacher": self.teacher_identity, "data": recipe.portable()["data"], "rows": self.original}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         self.teacher_folder = teachers / f"{spec.task or 'own'}-{digest}"
 
     def execute(self) -> dict:
-        teacher = self._teacher()
-        stages, folders = [], {}
+        self._make_teacher()
+        stages, folders = [], {None: self.teacher_path}
         previous = self.teacher_path
         for index, stage in enumerate(self.recipe.stages):
-            if stage.teacher is not None:
-                stage_teacher = load_teacher(folders[stage.teacher], auto_class=self.head.auto_class)
-            else:
-                stage_teacher = teacher
+            # Loaded anew: a trainer leaves its own precision on the teacher that it had.
+            teacher = load_teacher(folders[stage.teacher], auto_class=self.head.auto_class)
             start = previous if stage.start is None else folders[stage.start]
-            previous, record = self._stage(index, stage, start, stage_teacher)
+            previous, record = self._stage(index, stage, start, teacher)
             folders[stage.name] = previous
             stages.append(record)
         student = self.head.auto_class.from_pretrained(previous)
@@ -143,7 +163,7 @@ class _Run:
             student = student.pack(self.recipe.packing)
         student.save_pretrained(packed_folder)
         self.tokenizer.save_pretrained(packed_folder)
-        return self._finish(stages, student, metrics, logits, packed_folder, teacher)
+        return self._finish(stages, student, metrics, logits, packed_folder)
 
     def _backbone(self, teachers: Path) -> str:
         """Where the teacher starts; in another architecture a checkpoint beside the teachers, shared between runs."""
@@ -151,7 +171,10 @@ class _Run:
         source = resolve_model(spec.model)
         if spec.architecture is None:
             return source
-        folder = teachers / f"{self.recipe.portable()['teacher']['model']}-as-{spec.architecture}"
+        digest = self.teacher_identity.get("sha256", "")[:12]
+        folder = teachers / "-".join(
+            [self.teacher_identity["model"], *([digest] if digest else []), "as", spec.architecture]
+        )
         with _wait_for_lock(folder):
             if not (folder / DONE).exists():
                 change_architecture(source, spec.architecture, folder / "model")
@@ -164,7 +187,7 @@ class _Run:
             return self.backbone
         return str(self.teacher_folder / "model")
 
-    def _teacher(self) -> PreTrainedModel:
+    def _make_teacher(self) -> None:
         spec = self.recipe.teacher
         training_folder = self.teacher_folder / "training"
         with _wait_for_lock(self.teacher_folder):
@@ -174,16 +197,14 @@ class _Run:
                 trainer = FineTuningTrainer(
                     model=model,
                     args=TrainingArguments(**self._arguments(training_folder, spec.fine_tune, spec.seed)),
-                    **self._common({"teacher": self.recipe.portable()["teacher"], "data": self.original}),
+                    **self._common({"teacher": self.teacher_identity, "data": self.original}),
                 )
                 self._train(trainer, training_folder, "teacher")
                 trainer.model.save_pretrained(self.teacher_path)
                 self.tokenizer.save_pretrained(self.teacher_path)
-            teacher = load_teacher(self.teacher_path, auto_class=self.head.auto_class)
             if not (self.teacher_folder / DONE).exists():
-                metrics, _ = self._evaluate(teacher)
+                metrics, _ = self._evaluate(load_teacher(self.teacher_path, auto_class=self.head.auto_class))
                 _write_json(self.teacher_folder / DONE, {"metrics": metrics})
-        return teacher
 
     def _stage(self, index: int, stage: Stage, previous: str, teacher: PreTrainedModel) -> tuple[str, dict]:
         """(folder of the stage's model, its record). All stages but the last are kept beside the teachers, where runs
@@ -191,7 +212,7 @@ class _Run:
         begun = self.recipe.stages[: index + 1]
         rows = self.identity if any(earlier.augmented for earlier in begun) else self.original
         identity = {
-            "teacher": self.recipe.portable()["teacher"],
+            "teacher": self.teacher_identity,
             "data": rows,
             "family": self.recipe.family,
             "stages": self.recipe.portable()["stages"][: index + 1],
@@ -235,7 +256,8 @@ class _Run:
         )
         args.learning_rate *= stage.learning_rate_ratio
         # Training rows rank heads, neurons and modules; in DynaBERT's code the rows that the score is measured on do.
-        rows = self.train.select(range(min(RANKING_ROWS, len(self.train))))
+        count = min(RANKING_ROWS, len(self.train))  # from all over the file, which may be sorted by class
+        rows = self.train.select([index * len(self.train) // count for index in range(count)])
         batches = labelled_batches(rows, self.tokenizer)
         student = initial_student(self.recipe, stage, start, self.labels, batches, self.head)
         if stage.split_megabytes is not None:
@@ -253,7 +275,8 @@ class _Run:
         defaults = {
             "report_to": "none",
             "save_total_limit": 2,
-            "save_strategy": "epoch",
+            "save_strategy": "steps",
+            "save_steps": 0.1,  # share of all steps: an epoch may take hours
             "eval_strategy": "no" if self.task.kind == "embedding" else "epoch",  # the former has no labels
             "use_cpu": not torch.cuda.is_available(),  # bf16 on a CPU must be asked for by name
         }
@@ -295,7 +318,6 @@ class _Run:
         metrics: dict[str, float],
         logits: dict[str, np.ndarray],
         packed_folder: Path,
-        teacher: PreTrainedModel,
     ) -> dict:
         recipe = self.recipe
         weights = packed_folder / "model.safetensors"
@@ -303,6 +325,7 @@ class _Run:
         difference = max(float(np.abs(packed_logits[split] - logits[split]).max()) for split in logits)
         if difference > 1e-4:
             raise RuntimeError(f"{weights}: packed logits differ from the fake-quant student's by {difference:.2e}")
+        teacher = load_teacher(self.teacher_path, auto_class=self.head.auto_class)
         teacher_logits = self._evaluate(teacher)[1][self.split]
         architecture, teacher_name = recipe.teacher.architecture, recipe.portable()["teacher"]["model"]
         teacher_weights = Path(self.teacher_path) / "model.safetensors"
@@ -321,6 +344,7 @@ class _Run:
                 "metrics": json.loads((self.teacher_folder / DONE).read_text())["metrics"],
                 "seed": recipe.teacher.seed,
                 "bytes": teacher_weights.stat().st_size,
+                **{name: self.teacher_identity[name] for name in ("sha256",) if name in self.teacher_identity},
             },
             "student": {"metrics": metrics},
             "ghost_parameters": ghost_parameters(student.config),

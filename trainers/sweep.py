@@ -222,7 +222,7 @@ def _check_recipe(run: Run, results: Mapping[str, Any], path: Path) -> None:
         return
     try:
         # Results written before the recipe had some field: read again, the field takes its default.
-        recipe = Recipe.from_dict(results["recipe"])
+        recipe = Recipe.from_portable(results["recipe"])
         if recipe.fingerprint() == run.recipe.fingerprint():
             return
         found = _dotted(recipe.portable())
@@ -500,7 +500,7 @@ def collect(output: str | Path, results: str | Path) -> list[Path]:
             continue  # a copy inside a run's folder, beside a checkpoint
         target = results / output.name / f"{content['run']}.json"
         if target.exists():
-            run = Run(content["run"], Recipe.from_dict(content["recipe"]), Path(content["run"]))
+            run = Run(content["run"], Recipe.from_portable(content["recipe"]), Path(content["run"]))
             _check_recipe(run, read_results(target), target)
             continue
         write_results(target, {key: content[key] for key in (*FIELDS, *OPTIONAL_FIELDS) if key in content})

@@ -111,7 +111,8 @@ class Grid:
         return [run for (name, _), cell in self.cells.items() if name == task for run in cell]
 
     def teachers(self, task: str | None) -> dict[str, list[float]]:
-        """Teacher name to the scores of its different seeds. Many runs share one teacher: it counts once."""
+        """Teacher name to the scores of its trainings, told apart by seed and score: one seed may have been trained on
+        machines of different precision. Many runs share one teacher: it counts once."""
         distinct = {
             (run["teacher"]["model"], run["teacher"]["seed"], main_score(run, "teacher")) for run in self.column(task)
         }
@@ -121,9 +122,9 @@ class Grid:
         return scores
 
 
-def _cell(values: Sequence[float], digits: int = 2) -> str:
+def _cell(values: Sequence[float], digits: int = 2, counted: str = "seeds") -> str:
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread} (seeds {len(values)})"
+    return f"{statistics.mean(values):.{digits}f}{spread} ({counted} {len(values)})"
 
 
 def _drops(cell: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -211,7 +212,7 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> str:
         models = dict.fromkeys(model for scores in teachers.values() for model in scores)
         columns = {f"teacher {model}": [teachers[task].get(model, []) for task in grid.tasks] for model in models}
     for title, scores in columns.items():
-        cells = (_cell(column) if column else "–" for column in scores)
+        cells = (_cell(column, counted="trainings") if column else "–" for column in scores)
         mean = _mean_of_columns(scores)
         lines.append(row(escape_markdown(title), cells, "–" if mean is None else f"{mean:.2f}"))
     for variant in grid.variants:
@@ -410,12 +411,19 @@ def _notes(grid: Grid) -> list[str]:
     mean = " Mean: of the columns, where a row has all; ± over the seeds that all have." if len(grid.tasks) > 1 else ""
     return [
         "Main metric x 100 of the packed model, mean ± sample standard deviation over the seeds. Drop: teacher minus "
-        f"packed model, each run against its own teacher; negative is a gain.{mean}",
+        f"packed model, each run against its own teacher; negative is a gain.{mean}{_trainings_note(runs)}",
         _paper_note(grid, benchmark),
         f"Evaluated on: {', '.join(rows)}. Runs: {len(runs)}. Seeds: {', '.join(map(str, seeds))}. "
         f"Commits: {escape_markdown(', '.join(commit[:7] + commit[40:] for commit in commits))}. "
         f"Devices: {escape_markdown('; '.join(devices))}.",
     ]
+
+
+def _trainings_note(runs: Sequence[Mapping[str, Any]]) -> str:
+    seeds = sorted({run["teacher"]["seed"] for run in runs})
+    if len(seeds) > 1 or len({run["device"] for run in runs}) == 1:
+        return ""
+    return f" Trainings: teachers have seed {seeds[0]} alone, trained again where machines differ (devices below)."
 
 
 def _paper_note(grid: Grid, benchmark: str) -> str:

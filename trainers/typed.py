@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -99,6 +100,7 @@ def _found(value: Any) -> str:
 
 
 def assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
+    """Sets a value inside mappings and lists. What lies on the way is copied: YAML's aliases and merges share it."""
     for depth, key in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(node, list):
@@ -110,11 +112,9 @@ def assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
             require(isinstance(node, dict), f"override {override!r}", "a field that holds others", found)
         if last:
             node[key] = value
-        elif isinstance(node, list):
-            node = node[key]
         else:
-            if node.get(key) is None:
-                node[key] = {}
+            child = node[key] if isinstance(node, list) else node.get(key)
+            node[key] = {} if child is None and isinstance(node, dict) else copy.copy(child)
             node = node[key]
 
 

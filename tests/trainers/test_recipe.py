@@ -90,6 +90,14 @@ def test_overrides(tmp_path, override, read):
     assert read(Recipe.from_yaml(path, [override]))
 
 
+def test_an_override_of_one_stage_leaves_those_that_share_its_yaml():
+    recipes = EXAMPLES[0].parent
+    training = Recipe.from_yaml(recipes / "binarybert-w1a8.yaml", ["stages.3.training.num_train_epochs=7"]).stages
+    assert [stage.training["num_train_epochs"] for stage in training] == [3, 3, 3, 7]
+    targets = Recipe.from_yaml(recipes / "progressive.yaml", ["stages.0.targets.logits=0"]).stages
+    assert {stage.name: stage.targets.logits for stage in targets} == {"w4": 1, "w2": 1, "w1": 1, "w1a8": 0}
+
+
 def test_the_last_override_wins(tmp_path):
     recipe = Recipe.from_yaml(write(tmp_path, MINIMAL), ["seed=1", "seed=2"])
     assert recipe.seed == 2

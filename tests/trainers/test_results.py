@@ -156,6 +156,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
 def test_load_reads_results_json_below_a_folder_else_every_json(tmp_path):
     write_results(tmp_path / "run" / "a" / "results.json", make_results())
     (tmp_path / "run" / "a" / "config.json").write_text("{}")
+    write_results(tmp_path / "run" / "a" / "packed" / "results.json", make_results(variant="as-the-recipe-calls-it"))
     write_results(tmp_path / "committed" / "sst2" / "seed43.json", make_results(seed=43))
     loaded = load_results([tmp_path / "run", tmp_path / "committed"])
     assert [run["seed"] for run in loaded] == [42, 43]
@@ -263,7 +264,7 @@ def test_table_has_mean_spread_seeds_and_drop_against_the_own_teacher():
         run["teacher"]["seed"] = seed
     table = render_table(results[::-1])
     assert row(table, "") == ["SST-2 (accuracy)", "MRPC (accuracy)", "mean"]
-    assert row(table, "teacher") == ["92.00 ± 1.00 (seeds 3)", "85.00 (seeds 1)", "88.50"]
+    assert row(table, "teacher") == ["92.00 ± 1.00 (trainings 3)", "85.00 (trainings 1)", "88.50"]
     assert row(table, "twn") == ["91.00 ± 1.73 (seeds 3)", "86.50 (seeds 1)", "88.75"]
     # MRPC gains 1.5 where the paper gains 1.0: not over
     assert row(table, "twn: drop") == [
@@ -356,7 +357,7 @@ def test_a_gain_smaller_than_the_papers_is_over():
 def test_one_teacher_shared_by_runs_counts_once_and_missing_cells_are_dashes():
     results = [make_results(seed=42), make_results(seed=43), make_results(task="cola", variant="lat", quantizer="lat")]
     table = render_table(results)
-    assert row(table, "teacher") == ["91.00 (seeds 1)", "91.00 (seeds 1)", "91.00"]
+    assert row(table, "teacher") == ["91.00 (trainings 1)", "91.00 (trainings 1)", "91.00"]
     assert row(table, "twn")[1:] == ["–", "–"] and row(table, "lat: drop")[0::2] == ["–", "–"]
 
 
@@ -364,7 +365,7 @@ def test_different_teachers_get_rows_of_their_own():
     other = make_results(variant="base", teacher=0.93)
     other["teacher"]["model"] = "mpnet|x"
     table = render_table([make_results(), other])
-    assert row(table, "teacher minilm") == ["91.00 (seeds 1)"]
+    assert row(table, "teacher minilm") == ["91.00 (trainings 1)"]
     assert r"| teacher mpnet\|x | 93.00 (seeds 1) |" in table
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,8 +149,44 @@ def test_pipeline_answers_as_recorded(finished):
 
 def test_a_finished_run_is_not_done_again(finished, monkeypatch):
     recipe, output, results = finished
-    monkeypatch.setattr(run, "_Run", lambda *_: pytest.fail("a finished run was started again"))
+    monkeypatch.setattr(run._Run, "execute", lambda *_: pytest.fail("a finished run was started again"))
     assert run_recipe(recipe, output) == results
+
+
+def test_other_rows_or_weights_of_the_same_name_are_another_run(finished, workplace, tmp_path):
+    recipe, output, results = finished
+    assert len(results["teacher"]["sha256"]) == 64
+    for kind in ("data", "bert"):
+        (tmp_path / kind).mkdir()
+        shutil.copytree(workplace / kind, tmp_path / kind, dirs_exist_ok=True)
+    others = [
+        dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=str(tmp_path / "data"))),
+        dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, model=str(tmp_path / "bert"))),
+    ]
+    for other in others:  # the same in another place
+        assert other.fingerprint() == recipe.fingerprint() and run_recipe(other, output) == results
+    lines = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines[:-1]))
+    model = BertModel.from_pretrained(tmp_path / "bert")
+    model.encoder.layer[1].output.dense.bias.data[3] += 1
+    model.save_pretrained(tmp_path / "bert")
+    for other, name in zip(others, ("rows", "teacher")):
+        assert other.fingerprint() == recipe.fingerprint()
+        with pytest.raises(ValueError, match=rf"inputs.json: this folder holds a run with other {name}"):
+            run_recipe(other, output)
+        runs = [run._Run(each, tmp_path / "out", output / "teachers") for each in (recipe, other)]
+        assert runs[0].teacher_folder.is_dir() and not runs[1].teacher_folder.exists()
+
+
+def test_the_distance_is_to_the_teacher_in_full_precision(workplace, tmp_path, monkeypatch):
+    """Trained in bfloat16, or nothing trained at all by the process that measures."""
+    monkeypatch.setattr(run, "bfloat16_is_fast", lambda: True)
+    training = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "bf16": True}
+    stages = [{"training": training}]
+    recipe = make_recipe(workplace, stages=stages, teacher={"model": str(workplace / "bert"), "fine_tune": training})
+    results = run_recipe(recipe, tmp_path)
+    (tmp_path / "results.json").unlink()
+    assert run_recipe(recipe, tmp_path)["packed"] == results["packed"]
 
 
 def test_a_folder_keeps_to_its_recipe(finished, workplace):
@@ -293,7 +330,10 @@ def test_evaluate_info_verify_pack_table(finished, workplace, tmp_path, capsys):
     evaluate = ["evaluate", packed, "--task", "rotten_tomatoes", "--data", data, "--max-length", "24"]
     assert cli.main(evaluate) == 0
     assert f"{100 * results['packed']['metrics']['accuracy']:.2f}" in capsys.readouterr().out
+    assert cli.main([*evaluate, "--split", "train"]) == 0 and "accuracy" in capsys.readouterr().out
     assert cli.main(["verify", packed]) == 0
+    assert cli.main(["latency", str(workplace / "bert")]) == 2
+    assert "expected the architecture of a packed low-bit model, found BertModel" in capsys.readouterr().err
     assert cli.main(["info", packed]) == 0
     assert "MiB" in capsys.readouterr().out
     latent = str(output / "stage-1-ternary" / "model")

@@ -307,6 +307,21 @@ def test_another_machine_continues_from_the_committed_results_alone(sweep_file, 
     assert "(seeds 2)" in render_table(load_results([committed / "tiny"]))
 
 
+def test_augmented_runs_are_collected_again(sweep_file, tmp_path):
+    path = sweep_file(runs={"augmented": ["data.augmented=somewhere", "augmented=true"]})
+    for seed, count in ((1, 2), (2, 1)):
+        outcome = run_sweep(path, tmp_path / "out", execute=execute, only=[f"*/seed{seed}"])
+        assert len(outcome.finished) == count and not outcome.failed
+        assert len(collect(tmp_path / "out" / "tiny", tmp_path / "results")) == count
+    (file, *_) = (tmp_path / "results").rglob("seed1.json")
+    values = json.loads(file.read_text())
+    assert "augmented" not in values["recipe"]["data"] and values["recipe"]["stages"][0]["augmented"]
+    assert Recipe.from_portable(values["recipe"]).fingerprint() == values["fingerprint"]
+    del values["recipe"]["stages"][0]["random_parts"]  # as a result from before the recipe had that field
+    file.write_text(json.dumps(values | {"fingerprint": "of then"}))
+    assert len(run_sweep(path, tmp_path / "new", execute=execute, results=tmp_path / "results").skipped) == 3
+
+
 def test_collected_results_of_another_recipe_are_never_overwritten(sweep_file, tmp_path):
     run_sweep(sweep_file(), tmp_path / "out", execute=execute, only=["sst2/twn/*"])
     (file,) = collect(tmp_path / "out" / "tiny", tmp_path / "results")
