@@ -36,7 +36,7 @@ def quantized_attention(
     return_scores: bool = False,
     **kwargs,  # noqa: ARG001 (Transformers passes more than one attention needs)
 ) -> tuple[Tensor, Tensor]:
-    """Attention of query, key, value (B, H, T, D) with an additive mask (B, 1, T or 1, T).
+    """Attention of query, key, value (B, H, T, D) with a mask (B, 1, T or 1, T): additive, or boolean, False hides.
 
     Q and K have one range per token and head, probabilities one per query. V has one per sentence and head, over the
     tokens that its mask keeps: a range per token would put its scale inside the sum over tokens, and the product would
@@ -49,6 +49,9 @@ def quantized_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     quantizer = getattr(module.config, "activation_quantizer_spec", None)
     learned = getattr(module, "probability_quantizer", None)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        least = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, least)
     if quantizer is None and learned is None:
         scores = (query @ key.transpose(-1, -2)) * scaling
         if attention_mask is not None:

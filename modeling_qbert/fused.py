@@ -185,8 +185,10 @@ def fuse_backbone(model: nn.Module) -> None:
 
 
 def fused_forward_of(model_class: type) -> Callable | None:
-    """The fused forward for a class that is itself a backbone, None for one with a head."""
-    return next((fused(base.forward) for base in _FUSED if issubclass(model_class, base)), None)
+    """The fused forward for a class that is itself a backbone and has its forward, None for one with a head or with a
+    forward of its own."""
+    bases = (base for base in _FUSED if issubclass(model_class, base) and model_class.forward is base.forward)
+    return next((fused(base.forward) for base in bases), None)
 
 
 def _answer(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -375,7 +377,12 @@ def _weight(layers: list[nn.Module], run: int, lend: _Lend | None = None) -> "Na
     scales = [layer.weight_scale.float().view(layer.spec.planes, -1, groups) for layer in layers]
     scales = [scale * (scale.shape[0] / planes) for scale in scales]
     scales = [scale.expand(planes, layer.out_features, -1) for scale, layer in zip(scales, layers)]
-    biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+    biases = [
+        torch.zeros(layer.out_features, dtype=torch.float32, device="cpu")
+        if layer.bias is None
+        else layer.bias.detach()
+        for layer in layers
+    ]
     weight = NativeWeight(
         _joined([_bits_of(layer).expand(planes, -1, -1) for layer in layers], run, 1),  # no view outlives this call
         columns,

@@ -79,6 +79,8 @@ class WeightSpec:
         the loss-aware quantizer."""
         quantizer = WEIGHT_QUANTIZERS[self.quantizer][1]
         with torch.no_grad():
+            if weight.dtype == torch.float16:  # it holds neither the least scale nor what large ones are divided by
+                weight = weight.float()
             if weight.dim() == 3:
                 planes = [quantizer(plane, self.granularity, self.group_size) for plane in weight]
                 return Quantized(torch.stack([p.codes for p in planes]), torch.stack([p.scale for p in planes]))
@@ -220,7 +222,7 @@ class QuantEmbedding(_LatentMixin, nn.Embedding):
             scale = None if self.weight_scale is None else self.weight_scale[input_ids.flatten()]
             quantized = self.spec.quantize(latent.detach().flatten(0, -2), scale)
             rows = dequantize_weight(quantized, self.spec.group_size).view_as(latent)
-        return StraightThrough.apply(latent, rows)
+        return StraightThrough.apply(latent, rows.to(latent.dtype))
 
 
 def _linear(

@@ -40,7 +40,7 @@ from .lora import refuse_adapters
 from .memory import own_memory
 from .ops import dequantize_weight
 from .packing import PACKINGS
-from .quantizers import ACTIVATION_FLOORS, ActivationQuantizer, LsqQuantizer, PactQuantizer
+from .quantizers import ACTIVATION_FLOORS, ActivationQuantizer, LsqQuantizer, PactQuantizer, scale_shape
 
 
 # Modules all of whose linear layers are quantized, and modules that do the pooler's work: a dense layer and its
@@ -310,6 +310,35 @@ class LowBitMixin:
         """Whether this model holds bits instead of latent weights."""
         return getattr(self, "hf_quantizer", None) is not None
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`.
+
+        Raises:
+            ValueError: the word embedding is packed or has two planes.
+        """
+        embedding = self.get_input_embeddings()
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return embedding
+        spec = getattr(embedding, "spec", None)
+        if isinstance(embedding, PackedEmbedding) or spec and spec.planes > 1:
+            raise ValueError("a word embedding that is packed or has two planes cannot be resized; resize its origin")
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        scale = getattr(embedding, "weight_scale", None)
+        if scale is not None:  # that of the loss-aware quantizer
+            shape = scale_shape(*embedding.weight.shape, spec.granularity, spec.group_size)
+            embedding.weight_scale = scale.new_zeros(shape)
+            self.update_scales(None)
+        return embedding
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As at birth: upstream's pattern for the word embedding's weight also matches the scale beside it."""
+        found = vars(self).get("all_tied_weights_keys")
+        if not found:
+            return super().get_expanded_tied_weights_keys(all_submodels)
+        return dict(found) if self.config.tie_word_embeddings else {}
+
     @torch.no_grad()
     def update_scales(self, second_moments: Mapping[str, Tensor] | None) -> None:
         """Refresh the scales of loss-aware layers; nothing to do for others.
@@ -382,6 +411,9 @@ class LowBitMixin:
         refuse_adapters(self, "pack")
         refuse_offloaded(self, "pack")
         model = copy.deepcopy(self).eval()
+        if "_original_forward" in vars(model):  # the mixed precision that accelerate leaves behind a training
+            del model.forward, model._original_forward
+            model._is_accelerate_prepared = False
         for name, module in list(model.named_modules()):
             if isinstance(module, _LAYERS):
                 model.set_submodule(name, pack_layer(module, packing))
@@ -412,7 +444,8 @@ class LowBitMixin:
         else:
             target = type(self)
             fields |= {"bits": "32-32-32", "head_dim": config.head_dim}
-        model = target(target.config_class(**fields))
+        without_pooler = self.base_model is self and getattr(self, "pooler", True) is None
+        model = target(target.config_class(**fields), **({"add_pooling_layer": False} if without_pooler else {}))
         own = tuple(name for name, module in self.named_modules() if isinstance(module, LsqQuantizer | PactQuantizer))
         state = {
             name: tensor

@@ -71,6 +71,8 @@ def _load() -> ctypes.CDLL:
         raise ImportError("switched off by QBERT_CPU=off")
     spec = importlib.util.find_spec(f"{__package__}._engine")
     if spec is None or spec.origin is None:
+        if __package__.startswith("transformers_modules"):
+            raise ImportError("the code that comes with a checkpoint has no engine; install the package for its speed")
         raise ImportError("not built: no suitable C++ compiler was found when the package was installed")
     try:
         library = ctypes.CDLL(spec.origin)
@@ -142,6 +144,12 @@ def _address(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...] |
     if shape is not None and tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"expected a tensor of shape {list(shape)}, found {list(tensor.shape)}")
     return tensor.data_ptr()
+
+
+def _floats(*shape: int) -> Tensor:
+    """Room for an answer, whatever torch's default type and device are: Transformers changes them, for all threads,
+    while it loads a model."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 def _check(status: int) -> None:
@@ -268,7 +276,7 @@ class NativeWeight:
 
     def sums(self, x: Tensor, plane: int = 0, group: int = 0) -> Tensor:
         """Exact products of int8 codes (N, I) with the codes of one plane and group: int32 (N, O)."""
-        out = torch.empty(x.shape[0], self.rows, dtype=torch.int32)
+        out = torch.empty(x.shape[0], self.rows, dtype=torch.int32, device="cpu")
         address = _address(x, torch.int8, (x.shape[0], self.columns))
         _check(_library.qb_sums(self.handle, plane, group, address, x.shape[0], out.data_ptr()))
         return out
@@ -276,7 +284,7 @@ class NativeWeight:
     def linear(self, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         """`ops.linear_codes` of int8 codes (N, I) with scale and offset (N, 1): float32 (N, O)."""
         rows = x.shape[0]
-        y = torch.empty(rows, self.rows)
+        y = _floats(rows, self.rows)
         inputs = _address(x, torch.int8, (rows, self.columns))
         scales = [_address(part, torch.float32, (rows, 1)) for part in (scale, offset)]
         _check(_library.qb_linear(self.handle, inputs, *scales, rows, y.data_ptr(), torch.get_num_threads()))
@@ -293,7 +301,7 @@ class NativeDense:
     def __call__(self, x: Tensor, threads: int = 1) -> Tensor:
         """float32 (N, O) of the first tokens of a contiguous float32 (N, T, I)."""
         rows, tokens, columns = x.shape
-        y = torch.empty(rows, self.weight.rows)
+        y = _floats(rows, self.weight.rows)
         address = _address(x, torch.float32, (rows, tokens, self.weight.columns))
         sizes = (address, tokens * columns, rows, y.data_ptr(), threads)
         _check(_library.qb_dense(self.weight.handle, *self.numbers, *sizes))
@@ -307,8 +315,8 @@ def supports(layout: str, groups: int = 1, group_size: int = 0) -> bool:
 
 def quantize(x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
     """Per row of float32 (N, I): int8 codes, scale and offset (N, 1)."""
-    codes = torch.empty(x.shape, dtype=torch.int8)
-    scale, offset = torch.empty(x.shape[0], 1), torch.empty(x.shape[0], 1)
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    scale, offset = _floats(x.shape[0], 1), _floats(x.shape[0], 1)
     outputs = (codes.data_ptr(), scale.data_ptr(), offset.data_ptr())
     _check(_library.qb_quantize(_address(x, torch.float32), *x.shape, *_places([place], x.shape[1:]), *outputs))
     return codes, scale, offset
@@ -385,7 +393,7 @@ def scale_products(y: Tensor, of_rows: Factors, of_columns: Factors, terms: int,
 def softmax_codes(scores: Tensor, bits: int, dropout: Dropout) -> tuple[Tensor, Tensor, Tensor]:
     """`quantizers.softmax_codes` of float32 scores (..., I); codes and scale (..., 1) are those after dropout."""
     probabilities, codes = torch.empty_like(scores), torch.empty_like(scores)
-    scale = torch.empty(*scores.shape[:-1], 1)
+    scale = _floats(*scores.shape[:-1], 1)
     _library.qb_softmax_codes(
         _address(scores, torch.float32),
         scale.numel(),
@@ -426,7 +434,7 @@ def ghost_features(y: Tensor, real: Tensor | None, ghosts: GhostWeights) -> Tens
     """Float32 y (B, T, C) with its ghost features; tokens where the bool `real` (B, T) is False stay as they are."""
     features, size, columns = ghosts.kernels.shape
     if real is None:
-        rows, places = y.flatten(0, 1), torch.arange(y.shape[0] * y.shape[1])
+        rows, places = y.flatten(0, 1), torch.arange(y.shape[0] * y.shape[1], device="cpu")
     else:
         rows, places = y[real], real.flatten().nonzero().flatten()
     out = torch.empty_like(rows)
@@ -577,7 +585,7 @@ class NativeEncoder:
             words, types, positions: int64 (B, T); types None are 0, positions None are counted.
         """
         shape = (words if embedded is None else embedded).shape[:2]
-        output = torch.empty(*shape, self.hidden)
+        output = _floats(*shape, self.hidden)
         status = _library.qb_encoder_forward(
             self.handle,
             *shape,

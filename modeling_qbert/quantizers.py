@@ -263,9 +263,9 @@ class LsqQuantizer(nn.Module):
         self.least, self.most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if low is None else (0, 2**bits - 1)
         if self.signs:
             self.least, self.most = -1, 1
-            self.shift = nn.Parameter(torch.zeros(channels))
+            self.shift = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
         self.gradient_scale = 1 / math.sqrt(features * self.most)
-        self.step = nn.Parameter(torch.zeros(()))
+        self.step = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.calibrating, self._ready = False, False
 
     @torch.no_grad()
@@ -296,7 +296,7 @@ class LsqQuantizer(nn.Module):
                 shifted = x if self.low is None else x - self.low
                 codes = (shifted / step).round_().clamp_(self.least, self.most)
         shape = (1,) * x.dim()
-        offset = None if not self.low else torch.full(shape, self.low, device=x.device)
+        offset = None if not self.low else torch.full(shape, self.low, dtype=x.dtype, device=x.device)
         carrier = _LearnedStep.apply(x, self.step, self) if torch.is_grad_enabled() else x
         return carrier, Quantized(codes, step.view(shape), offset)
 
@@ -353,7 +353,7 @@ class PactQuantizer(nn.Module):
     def __init__(self, dynamic: ActivationQuantizer):
         super().__init__()
         self.dynamic = dynamic
-        self.clip = nn.Parameter(torch.tensor([-PACT_CLIP, PACT_CLIP]))
+        self.clip = nn.Parameter(torch.tensor([-PACT_CLIP, PACT_CLIP], dtype=torch.float32))
 
     def quantize(
         self, x: Tensor, valid: Tensor | None = None, dims: tuple[int, ...] = (-1,)

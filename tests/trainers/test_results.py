@@ -366,7 +366,7 @@ def test_different_teachers_get_rows_of_their_own():
     other["teacher"]["model"] = "mpnet|x"
     table = render_table([make_results(), other])
     assert row(table, "teacher minilm") == ["91.00 (trainings 1)"]
-    assert r"| teacher mpnet\|x | 93.00 (seeds 1) |" in table
+    assert r"| teacher mpnet\|x | 93.00 (trainings 1) |" in table
 
 
 @pytest.mark.parametrize(
