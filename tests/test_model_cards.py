@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,15 @@ def test_saving_again_gives_the_same_bytes(folder, tmp_path):
     (architecture,) = AutoConfig.from_pretrained(folder).architectures
     getattr(modeling_qbert, architecture).from_pretrained(folder).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_the_card_has_the_digests_of_the_files_beside_it(folder):
+    table = (folder / "README.md").read_text().partition("| file | bytes |")[2]
+    rows = re.findall(r"^\| `(\S+)` \| (\d+) \| `([0-9a-f]{64})` \|$", table, re.MULTILINE)
+    assert {"config.json", "model.safetensors", "results.json"} <= {name for name, *_ in rows}
+    for name, size, digest in rows:
+        content = (folder / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (int(size), digest), name
 
 
 def test_score_of_the_card_is_reproduced_exactly(folder):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainers import cli
+from trainers.results import load_results
 from trainers.tables import render_zoo, update_tables
 
 
@@ -38,3 +39,13 @@ def test_zoo_lists_every_checkpoint():
     for folder in folders:
         line = next(line for line in table.splitlines() if f"(model_cards/{folder.name})" in line)
         assert f"{(folder / 'model.safetensors').stat().st_size / 1e6:.2f} MB" in line
+
+
+def test_packed_models_score_what_training_measured():
+    """In every committed result: not a logit and not a score changed when the student was packed."""
+    results = load_results([ROOT / "results"]) + load_results([ROOT / "model_cards"])
+    assert len(results) > 100
+    for run in results:
+        assert run["packed"]["max_logit_difference"] == 0 and run["packed"]["metrics"] == run["student"]["metrics"], (
+            run
+        )
