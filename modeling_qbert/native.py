@@ -251,6 +251,7 @@ class NativeWeight:
         if not self.handle:
             raise MemoryError("the native engine ran out of memory")
         self._free = weakref.finalize(self, _library.qb_weight_free, self.handle)
+        self._free.atexit = False  # daemon threads may still be inside
 
     def __reduce__(self):
         return _nothing, ()
@@ -522,7 +523,8 @@ class NativeEncoder:
         )
         if not self.handle:
             raise MemoryError("the native engine ran out of memory")
-        weakref.finalize(self, _library.qb_encoder_free, self.handle)
+        free = weakref.finalize(self, _library.qb_encoder_free, self.handle)
+        free.atexit = False  # daemon threads may still be inside
         shapes = {
             "query_key_value": (3 * heads * head_size, hidden),
             "output": (hidden, heads * head_size),

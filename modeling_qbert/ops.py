@@ -383,7 +383,7 @@ def ghost_sums(y: Tensor, real: Tensor | None, kernels: Tensor, scale: Tensor) -
     """
     if not _is_native(y, kernels, scale) or kernels.shape[2] > MOST_TAPS:
         return None
-    real = None if real is None else real.contiguous()
+    real = None if real is None else real.expand(y.shape[:2]).contiguous()
     return _GhostSums.apply(y.contiguous(), real, kernels.transpose(1, 2).contiguous(), scale.contiguous())
 
 

@@ -57,6 +57,10 @@ QB_INLINE Line quantize_values(const Head& head, const AttentionScratch& s) {
     Range range{__builtin_inff(), -__builtin_inff()};
     for (long token = 0; token < head.tokens; ++token) {
         const Range row = range_row(head.value + token * head.stride, head.size);
+        if (!(row.low <= row.high)) {  // nor has the sentence a range then
+            range = row;
+            break;
+        }
         widen(range, row.low);
         widen(range, row.high);
     }

@@ -328,7 +328,8 @@ class Worker {
 };
 
 void make_room(const Encoder& encoder, Scratch& s, long rows, long longest, int threads) {
-    long wide = encoder.hidden, depth = 0, groups = 1, query_key_value = 0, operand = 0, attended = 0, fed = 0, size = 0;
+    long wide = encoder.hidden, depth = 0, narrow = 0, groups = 1, query_key_value = 0, operand = 0;
+    long attended = 0, fed = 0, size = 0;
     for (const Layer& layer : encoder.layers) {
         const std::pair<const Weight*, Place> products[] = {{layer.query_key_value.get(), kInput},
                                                             {layer.output.get(), kContext},
@@ -343,12 +344,12 @@ void make_room(const Encoder& encoder, Scratch& s, long rows, long longest, int 
         for (const Weight* w : {layer.output.get(), layer.up.get(), layer.down.get()})
             wide = std::max(wide, w->padded_rows());
         query_key_value = std::max(query_key_value, layer.query_key_value->padded_rows());
+        narrow = std::max(narrow, layer.query_key_value->depth);  // 1-bit weights round columns up further than others
         if (layer.attention_ghosts.features) attended = layer.output->padded_rows();
         if (layer.feed_forward_ghosts.features) fed = layer.down->padded_rows();
         size = std::max({size, layer.attention_ghosts.size, layer.feed_forward_ghosts.size});
     }
     const long block = block_rows(encoder);
-    const long narrow = encoder.layers.empty() ? 0 : encoder.layers[0].query_key_value->depth;
     s.x.grow(rows * encoder.hidden);
     s.query_key_value.grow(rows * query_key_value);
     s.context.grow(rows * encoder.heads * encoder.head_size);

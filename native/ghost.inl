@@ -17,7 +17,7 @@ QB_INLINE void ghost_channels(const Ghosts& ghosts, const float* const* taps, lo
         kernel += n;
         for (long t = 1; t < ghosts.size; ++t, kernel += n)
             feature = feature + taken(taps[t] + channel, zero) * taken(kernel, zero);
-        total = total + (feature > zero ? feature : zero) * taken(ghosts.scale.get() + f * n + channel, zero);
+        total = total + (feature < zero ? zero : feature) * taken(ghosts.scale.get() + f * n + channel, zero);
     }
     __builtin_memcpy(out + channel, &total, sizeof(T));
 }
@@ -53,8 +53,8 @@ QB_INLINE void ghost_gradient_channels(const GhostGradient& g, long channel, T z
             const long first = f * size * n + channel, at = f * n + channel;
             T feature = x[0] * taken(g.kernels + first, zero);
             for (long t = 1; t < size; ++t) feature = feature + x[t] * taken(g.kernels + first + t * n, zero);
-            add_to(g.of_scale + at, gradient * (feature > zero ? feature : zero));
-            const T inner = feature > zero ? gradient * taken(g.scale + at, zero) : zero;
+            add_to(g.of_scale + at, gradient * (feature < zero ? zero : feature));
+            const T inner = feature <= zero ? zero : gradient * taken(g.scale + at, zero);
             for (long t = 0; t < size; ++t) {
                 add_to(g.of_kernels + first + t * n, inner * x[t]);
                 of_x[t] = of_x[t] + inner * taken(g.kernels + first + t * n, zero);

@@ -98,6 +98,10 @@ QB_INLINE Line line_of(Range range, const Activation& activation) {
         line.step = &activation;
         return line;
     }
+    if (!(range.low <= range.high)) {  // a row without numbers
+        line.scale = line.offset = __builtin_nanf("");
+        return line;
+    }
     line.low = range.low > activation.clip_low ? range.low : activation.clip_low;
     line.low = line.low < activation.clip_high ? line.low : activation.clip_high;
     line.high = range.high > activation.clip_low ? range.high : activation.clip_low;
@@ -251,7 +255,7 @@ QB_TARGET static Range gelu_row(float* x, long n) {
 }
 
 QB_TARGET static Range relu_row(float* x, long n) {
-    for (long i = 0; i < n; ++i) x[i] = x[i] > 0 ? x[i] : 0;
+    for (long i = 0; i < n; ++i) x[i] = x[i] < 0 ? 0 : x[i];
     return range_row(x, n);
 }
 

@@ -69,9 +69,9 @@ QB_TARGET static void softmax_codes_row(const float* scores, long n, float level
     dv sums[2] = {};
     for (long i = 0; i < n; i += kWide) {
         const fv below = load_some(scores, i, n, -infinity) - high;
-        const Doubles exact = to_doubles(higher(below, least));
+        const Doubles exact = to_doubles(below < least ? least : below);  // what is no number stays none
         const fv all = to_floats(exponentials(exact));
-        const fv e = below > least ? all : zero;
+        const fv e = below <= least ? zero : all;
         add(sums, to_doubles(e));
         store_some(probabilities, i, n, e);
     }

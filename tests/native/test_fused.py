@@ -135,6 +135,28 @@ def test_ghosts(level, backbone, setting):  # noqa: ARG001
         assert_same(model, masked_inputs(batch, tokens, seed=threads))
 
 
+@pytest.mark.parametrize("ternary", [0, 1])
+def test_layers_whose_codes_are_padded_differently(level, ternary):  # noqa: ARG001
+    """1-bit weights round 48 columns up to 64, ternary ones do not; each layer may have either."""
+    modules = [f"encoder.layer.{ternary}.attention.self.{name}" for name in ("query", "key", "value")]
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "head_dim": 12, "max_position_embeddings": 160}
+    model = latent("bert", "base", family="binary", bits="1-1-8", ternary_modules=modules, **sizes).pack()
+    for batch, tokens in ((1, 128), (3, 20)):
+        assert_same(model, masked_inputs(batch, tokens))
+
+
+@pytest.mark.parametrize("fields", [{}, {"activation_quantizer": "symmetric"}, {"activation_quantizer": "pact"}])
+def test_what_is_no_number_is_none_in_the_answer(level, fields):  # noqa: ARG001
+    model = latent("bert", "base", family="binary", bits="1-1-8", **fields).pack()
+    embedded = torch.randn(2, 7, 36)
+    embedded[0, 3, 5] = float("nan")
+    with torch.no_grad():
+        found = model(inputs_embeds=embedded)[0]
+        expected = model(inputs_embeds=embedded, output_hidden_states=True)[0]  # in torch
+    assert is_fused(model) and bool(found[0].isnan().all()) and bool(expected[0].isnan().all())
+    assert torch.equal(found[1], expected[1])
+
+
 def test_ghosts_that_the_engine_leaves_to_torch():
     model = latent("bert", "base", family="ghost", bits="2-2-8", ghost_features=1, ghost_activation="tanh").pack()
     fast, slow = both(model, inputs())

@@ -49,6 +49,33 @@ def test_a_forked_child_answers():
     assert torch.equal(answer(model, given), expected)
 
 
+EXIT = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from tiny import inputs, latent
+model, given = latent("bert", "base").pack(), inputs(batch=16, tokens=40)
+torch.set_num_threads(1)
+def answer():
+    while True:
+        with torch.no_grad():
+            model(**given)
+threading.Thread(target=answer, daemon=True).start()
+time.sleep(0.2)
+"""
+
+
+def test_the_process_ends_while_a_daemon_thread_is_in_the_engine():
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", EXIT, os.path.join(os.path.dirname(__file__), "..", "modeling")],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_python_threads_and_models_at_once():
     models = [latent("bert", "base", seed=seed).pack() for seed in (1, 2)]
     batches = [inputs(batch=batch, tokens=tokens) for batch, tokens in ((1, 5), (4, 12), (2, 40))]

@@ -166,7 +166,40 @@ def test_random_ghosts_in_training(level):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_ghost_gradients_of_long_kernels_are_torchs():
+def test_what_is_no_number_is_none_in_training(level, monkeypatch):  # noqa: ARG001
+    monkeypatch.setattr(ghost, "_running", types.SimpleNamespace(real_tokens=None))
+    module = ghost.GhostFeatures(0.0, 2, 20, 3, "none", "relu")
+    torch.nn.init.normal_(module.ghost_scale)
+    for where in ("kernel", "token"):
+        y, found = torch.randn(2, 5, 20), []
+        with torch.no_grad():
+            (module.ghost_kernel[1, 4] if where == "kernel" else y[1, 2])[1] = float("nan")
+        for training in (True, False):
+            source = y.clone().requires_grad_()
+            module.zero_grad()
+            total = module.train(training)(source)
+            total.sum().backward()
+            found.append([part.isnan() for part in (total, source.grad, module.ghost_scale.grad)])
+        assert bool(found[0][0].any()) and all(torch.equal(*pair) for pair in zip(*found)), where
+        module.reset()
+        torch.nn.init.normal_(module.ghost_scale)
+    scores = torch.randn(3, 20)
+    scores[1, 7] = float("nan")
+    for part in native.softmax_codes(scores, 8, native.Dropout(0, 0.0)):
+        assert part.isnan().any(-1).tolist() == [False, True, False]
+
+
+def test_ghosts_train_with_a_mask_for_all_sentences(monkeypatch):
+    module = ghost.GhostFeatures(0.0, 2, 20, 3, "none", "relu")
+    torch.nn.init.normal_(module.ghost_scale)
+    y, real = torch.randn(3, 5, 20), torch.tensor([[True, True, False, True, True]])
+    monkeypatch.setattr(ghost, "_running", types.SimpleNamespace(real_tokens=real))
+    found, expected = module.train()(y), module.eval()(y)
+    assert torch.equal(found[:, real[0]], expected[:, real[0]])
+
+
+def test_ghost_gradients_of_long_kernels_are_torchs(monkeypatch):
+    monkeypatch.setattr(ghost, "_running", types.SimpleNamespace(real_tokens=None))
     module = ghost.GhostFeatures(0.0, 1, 4, native.MOST_TAPS + 2, "none", "relu")
     total = module(torch.randn(1, 30, 4))
     assert type(total.grad_fn).__name__ != "_GhostSumsBackward"
