@@ -230,8 +230,8 @@ class ActivationQuantizer(NamedTuple):
             offset = low - scale * least
             inverse = levels / width
             codes = (x * inverse).add_(least - low * inverse)
-        codes = codes.round_()
-        return Quantized(codes if valid is None else codes.clamp_(least, most), scale, offset)
+        # The last code may be passed by values that set no range, and where a narrow range far from 0 rounds the sum.
+        return Quantized(codes.round_().clamp_(least, most), scale, offset)
 
     def quantize(
         self, x: Tensor, valid: Tensor | None = None, dims: tuple[int, ...] = (-1,)

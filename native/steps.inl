@@ -75,10 +75,10 @@ QB_TARGET static Range range_row(const float* x, long n) {
     return collect(low, high, range);
 }
 
-// How a row becomes codes: the nearest whole number to x * inverse + shift, x held in [low, high]; by a fixed step; or
-// by the sign of what is above a threshold for each column.
+// How a row becomes codes: the nearest whole number to x * inverse + shift in [least, most], x held in [low, high]; by a
+// fixed step; or by the sign of what is above a threshold for each column.
 struct Line {
-    float scale, offset, inverse, shift, low, high;
+    float scale, offset, inverse, shift, low, high, least, most;
     bool holds;
     const Activation* step;   // null: by the line
     const float* thresholds;  // null: by one of the two above
@@ -113,6 +113,7 @@ QB_INLINE Line line_of(Range range, const Activation& activation) {
         if (!(high > kTiny)) high = kTiny;
         line.scale = high / levels;
         line.inverse = (1 / high) * levels;
+        line.least = -levels, line.most = levels;
     } else {
         const float levels = static_cast<float>((1 << activation.bits) - 1);
         const float least = -static_cast<float>(1 << (activation.bits - 1));
@@ -122,6 +123,7 @@ QB_INLINE Line line_of(Range range, const Activation& activation) {
         line.offset = line.low - line.scale * least;
         line.inverse = (1 / width) * levels;
         line.shift = least - line.low * line.inverse;
+        line.least = least, line.most = least + levels;
     }
     return line;
 }
@@ -132,10 +134,10 @@ QB_INLINE T held(T x, T low, T high) {
     return x < high ? x : high;
 }
 
-// x as the code to be rounded.
+// x as the code to be rounded. The sum may round beyond the last code where a range is narrow and far from 0.
 template <bool HOLDS, typename T>
-QB_INLINE T on_line(T x, T inverse, T shift, T low, T high) {
-    return (HOLDS ? held(x, low, high) : x) * inverse + shift;
+QB_INLINE T on_line(T x, T inverse, T shift, T low, T high, T least, T most) {
+    return held((HOLDS ? held(x, low, high) : x) * inverse + shift, least, most);
 }
 
 template <typename T>
@@ -163,7 +165,7 @@ QB_INLINE int32_t codes_of(const float* x, long n, const Line& line, int8_t* cod
         const fv v = load(x + i);
         const fv place = STEPS ? on_steps(v, splat(activation.step), splat(activation.floor), splat(least), splat(most))
                                 : on_line<HOLDS>(v, splat(line.inverse), splat(line.shift), splat(line.low),
-                                                 splat(line.high));
+                                                 splat(line.high), splat(line.least), splat(line.most));
         const iv code = (iv)(place + splat(kMagic)) - base;
         sum += code;
         store_bytes(codes + i, code);
@@ -171,7 +173,8 @@ QB_INLINE int32_t codes_of(const float* x, long n, const Line& line, int8_t* cod
     int32_t total = sum_of(sum);
     for (; i < n; ++i) {
         const float place = STEPS ? on_steps(x[i], activation.step, activation.floor, least, most)
-                                  : on_line<HOLDS>(x[i], line.inverse, line.shift, line.low, line.high);
+                                  : on_line<HOLDS>(x[i], line.inverse, line.shift, line.low, line.high, line.least,
+                                                   line.most);
         const float rounded = place + kMagic;
         int32_t bits;
         __builtin_memcpy(&bits, &rounded, 4);

@@ -18,6 +18,7 @@ def numbers(*shape: int) -> torch.Tensor:
     """Rows of very different size, some constant, some zero."""
     x = torch.randn(shape) * 10 ** torch.linspace(-6, 3, shape[0]).view(-1, *[1] * (len(shape) - 1))
     x[0], x[-1] = 0.0, 2.5
+    x[1] = 1 + torch.rand(shape[1:]) / 1e5  # narrow and far from 0
     return x
 
 
