@@ -187,6 +187,7 @@ void for_pieces(long rows, int threads, const Body& body) {
     }, &work);
 }
 
+// body(row) for every row.
 template <typename Body>
 void for_rows(long rows, int threads, const Body& body) {
     for_pieces(rows, threads, [&](long row, int) { body(row); });

@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--task", required=True, help="GLUE task, rotten_tomatoes, squad or squad_v2")
     evaluate.add_argument("--data", help="Hub data set or local folder (default: the task's on the Hub)")
     evaluate.add_argument("--split", default="validation", help="default: validation, for mnli both of them")
-    evaluate.add_argument("--max-length", type=int, help="tokens (default: 128; squad: 384)")
+    evaluate.add_argument("--max-length", type=int, help="tokens (default: 128, squad 384, or the tokenizer's limit)")
     evaluate.add_argument("--null-threshold", type=float, help="squad_v2: by how much no answer must win (default: 0)")
 
     augment = commands.add_parser("augment", help="training rows with words replaced, as TinyBERT's augmentation")
@@ -178,16 +178,20 @@ def _distill(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
     from .recipe import DataSpec
     from .run import evaluate_checkpoint
     from .tasks import get_task
 
+    longest = 384 if get_task(arguments.task).kind == "question-answering" else 128
+    limit = AutoTokenizer.from_pretrained(arguments.checkpoint).model_max_length  # what it was trained with
     spec = DataSpec(
         task=arguments.task,
         path=arguments.data or get_task(arguments.task).dataset,
         train_split="validation" if arguments.split == "train" else "train",  # not read
         eval_split=arguments.split,
-        max_length=arguments.max_length or (384 if get_task(arguments.task).kind == "question-answering" else 128),
+        max_length=arguments.max_length or min(longest, limit),
         null_threshold=arguments.null_threshold,
     )
     for metric, value in evaluate_checkpoint(arguments.checkpoint, spec).items():

@@ -344,7 +344,7 @@ class _Run:
                 "metrics": json.loads((self.teacher_folder / DONE).read_text())["metrics"],
                 "seed": recipe.teacher.seed,
                 "bytes": teacher_weights.stat().st_size,
-                **{name: self.teacher_identity[name] for name in ("sha256",) if name in self.teacher_identity},
+                **({"sha256": self.teacher_identity["sha256"]} if "sha256" in self.teacher_identity else {}),
             },
             "student": {"metrics": metrics},
             "ghost_parameters": ghost_parameters(student.config),

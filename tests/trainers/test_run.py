@@ -330,6 +330,8 @@ def test_evaluate_info_verify_pack_table(finished, workplace, tmp_path, capsys):
     evaluate = ["evaluate", packed, "--task", "rotten_tomatoes", "--data", data, "--max-length", "24"]
     assert cli.main(evaluate) == 0
     assert f"{100 * results['packed']['metrics']['accuracy']:.2f}" in capsys.readouterr().out
+    assert cli.main(evaluate[:-2]) == 0  # the tokenizer's own limit
+    assert f"{100 * results['packed']['metrics']['accuracy']:.2f}" in capsys.readouterr().out
     assert cli.main([*evaluate, "--split", "train"]) == 0 and "accuracy" in capsys.readouterr().out
     assert cli.main(["verify", packed]) == 0
     assert cli.main(["latency", str(workplace / "bert")]) == 2
