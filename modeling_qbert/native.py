@@ -29,7 +29,6 @@ VERSION = 10  # of the C interface
 LEVELS = ("scalar", "neon") if platform.machine() in ("aarch64", "arm64") else ("scalar", "avx2", "vnni", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
-MOST_TAPS = 15  # tokens of a ghost feature's kernel whose gradient the engine has
 OUT_OF_TABLE, HIDDEN_START = -2, -3  # answers of `qb_encoder_forward` that torch can explain better
 
 _DROPOUT = [c_uint64, c_uint32, c_float]
@@ -88,7 +87,7 @@ def _load() -> ctypes.CDLL:
     return library
 
 
-_library = _load()
+library = _load()
 
 
 def _share_threads_with_torch() -> None:
@@ -107,7 +106,7 @@ def _share_threads_with_torch() -> None:
             functions = [runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads]
         except (OSError, AttributeError):
             continue
-        _library.qb_use_openmp(*(ctypes.cast(function, c_void_p) for function in functions))
+        library.qb_use_openmp(*(ctypes.cast(function, c_void_p) for function in functions))
         return
 
 
@@ -126,16 +125,16 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def level() -> str:
     """The instructions in use, one of `LEVELS`."""
-    return LEVELS[_library.qb_level()]
+    return LEVELS[library.qb_level()]
 
 
 def set_level(name: str) -> str:
     """Use instructions up to `name`, within this CPU's and `QBERT_CPU`'s; returns the level in use."""
-    _library.qb_set_level(LEVELS.index(name))
+    library.qb_set_level(LEVELS.index(name))
     return level()
 
 
-def _address(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> int | None:
+def address_of(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> int | None:
     """Address of a contiguous CPU tensor of this type and shape; anything else must never reach native code."""
     if tensor is None:
         return None
@@ -146,13 +145,13 @@ def _address(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...] |
     return tensor.data_ptr()
 
 
-def _floats(*shape: int) -> Tensor:
+def floats(*shape: int) -> Tensor:
     """Room for an answer, whatever torch's default type and device are: Transformers changes them, for all threads,
     while it loads a model."""
     return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
     if status:
         raise MemoryError("the native engine ran out of memory")
 
@@ -214,7 +213,7 @@ def place_of(quantizer: Quantizer, signed: bool = True) -> Place:
 def _places(places: Sequence[Place], columns: Sequence[int]) -> tuple[ctypes.Array, ctypes.Array]:
     """Numbers of places and addresses of their shifts, one for each column."""
     numbers = [number for place in places for number in place[:-1]]
-    shifts = [_address(place.shift, torch.float32, (count,)) for place, count in zip(places, columns, strict=True)]
+    shifts = [address_of(place.shift, torch.float32, (count,)) for place, count in zip(places, columns, strict=True)]
     return (c_double * len(numbers))(*numbers), (c_void_p * len(shifts))(*shifts)
 
 
@@ -237,20 +236,20 @@ class NativeWeight:
         if groups > 1 and (not supports(layout, groups, group_size) or -(-columns // group_size) != groups):
             raise ValueError(f"{groups} groups of {group_size} columns do not fit {columns} columns of {layout}")
         self.planes, self.rows, self.columns, self.groups, self.layout = planes, rows, columns, groups, layout
-        self.handle = _library.qb_weight_new(
+        self.handle = library.qb_weight_new(
             LAYOUTS[layout],
-            _address(packed, torch.uint8),
+            address_of(packed, torch.uint8),
             rows,
             columns,
             planes,
             groups,
             group_size if groups > 1 else columns,
-            _address(scale, torch.float32, (planes, rows, groups)),
-            _address(bias, torch.float32, (rows,)),
+            address_of(scale, torch.float32, (planes, rows, groups)),
+            address_of(bias, torch.float32, (rows,)),
         )
         if not self.handle:
             raise MemoryError("the native engine ran out of memory")
-        self._free = weakref.finalize(self, _library.qb_weight_free, self.handle)
+        self._free = weakref.finalize(self, library.qb_weight_free, self.handle)
         self._free.atexit = False  # daemon threads may still be inside
 
     def __reduce__(self):
@@ -272,23 +271,23 @@ class NativeWeight:
         with torch.inference_mode(False):  # the tensor outlives the call
             packed = torch.empty(shape, dtype=torch.uint8, device="cpu")
         sizes = (first, rows, run, step)
-        _check(_library.qb_weight_rows(self.handle, LAYOUTS[self.layout], *sizes, packed.data_ptr()))
+        check(library.qb_weight_rows(self.handle, LAYOUTS[self.layout], *sizes, packed.data_ptr()))
         return packed
 
     def sums(self, x: Tensor, plane: int = 0, group: int = 0) -> Tensor:
         """Exact products of int8 codes (N, I) with the codes of one plane and group: int32 (N, O)."""
         out = torch.empty(x.shape[0], self.rows, dtype=torch.int32, device="cpu")
-        address = _address(x, torch.int8, (x.shape[0], self.columns))
-        _check(_library.qb_sums(self.handle, plane, group, address, x.shape[0], out.data_ptr()))
+        address = address_of(x, torch.int8, (x.shape[0], self.columns))
+        check(library.qb_sums(self.handle, plane, group, address, x.shape[0], out.data_ptr()))
         return out
 
     def linear(self, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         """`ops.linear_codes` of int8 codes (N, I) with scale and offset (N, 1): float32 (N, O)."""
         rows = x.shape[0]
-        y = _floats(rows, self.rows)
-        inputs = _address(x, torch.int8, (rows, self.columns))
-        scales = [_address(part, torch.float32, (rows, 1)) for part in (scale, offset)]
-        _check(_library.qb_linear(self.handle, inputs, *scales, rows, y.data_ptr(), torch.get_num_threads()))
+        y = floats(rows, self.rows)
+        inputs = address_of(x, torch.int8, (rows, self.columns))
+        scales = [address_of(part, torch.float32, (rows, 1)) for part in (scale, offset)]
+        check(library.qb_linear(self.handle, inputs, *scales, rows, y.data_ptr(), torch.get_num_threads()))
         return y
 
 
@@ -302,10 +301,10 @@ class NativeDense:
     def __call__(self, x: Tensor, threads: int = 1) -> Tensor:
         """float32 (N, O) of the first tokens of a contiguous float32 (N, T, I)."""
         rows, tokens, columns = x.shape
-        y = _floats(rows, self.weight.rows)
-        address = _address(x, torch.float32, (rows, tokens, self.weight.columns))
+        y = floats(rows, self.weight.rows)
+        address = address_of(x, torch.float32, (rows, tokens, self.weight.columns))
         sizes = (address, tokens * columns, rows, y.data_ptr(), threads)
-        _check(_library.qb_dense(self.weight.handle, *self.numbers, *sizes))
+        check(library.qb_dense(self.weight.handle, *self.numbers, *sizes))
         return y
 
 
@@ -317,111 +316,34 @@ def supports(layout: str, groups: int = 1, group_size: int = 0) -> bool:
 def quantize(x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
     """Per row of float32 (N, I): int8 codes, scale and offset (N, 1)."""
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
-    scale, offset = _floats(x.shape[0], 1), _floats(x.shape[0], 1)
+    scale, offset = floats(x.shape[0], 1), floats(x.shape[0], 1)
     outputs = (codes.data_ptr(), scale.data_ptr(), offset.data_ptr())
-    _check(_library.qb_quantize(_address(x, torch.float32), *x.shape, *_places([place], x.shape[1:]), *outputs))
+    check(library.qb_quantize(address_of(x, torch.float32), *x.shape, *_places([place], x.shape[1:]), *outputs))
     return codes, scale, offset
 
 
 def gelu(x: Tensor) -> Tensor:
     """`ops.gelu` of float32 (N, I)."""
     y = x.clone()
-    _library.qb_gelu(_address(y, torch.float32), *y.shape)
+    library.qb_gelu(address_of(y, torch.float32), *y.shape)
     return y
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     """`ops.layer_norm` of float32 (N, C)."""
     y = x.clone()
-    parts = [_address(part, torch.float32, x.shape[1:]) for part in (weight, bias)]
-    _check(_library.qb_layer_norm(_address(y, torch.float32), *y.shape, *parts, epsilon))
+    parts = [address_of(part, torch.float32, x.shape[1:]) for part in (weight, bias)]
+    check(library.qb_layer_norm(address_of(y, torch.float32), *y.shape, *parts, epsilon))
     return y
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, places: Sequence[Place]) -> Tensor:
     """Quantized attention of one head of one sentence, float32 (T, D) each; places of the three and probabilities."""
     context = torch.empty_like(query)
-    inputs = [_address(part, torch.float32, query.shape) for part in (query, key, value)]
+    inputs = [address_of(part, torch.float32, query.shape) for part in (query, key, value)]
     of_places = _places(places, [query.shape[1]] * 3 + [0])
-    _check(_library.qb_attention(*inputs, *query.shape, scaling, *of_places, context.data_ptr()))
+    check(library.qb_attention(*inputs, *query.shape, scaling, *of_places, context.data_ptr()))
     return context
-
-
-class Dropout(NamedTuple):
-    """Dropout of a share p < 1 of numbers; which ones follows from a seed below 2^64, not from threads or CPU."""
-
-    seed: int
-    p: float
-
-    def parts(self) -> tuple[int, int, float]:
-        return self.seed, round(self.p * 2**32), 1 / (1 - self.p)
-
-
-def drop(x: Tensor, dropout: Dropout) -> Tensor:
-    """x (..., I) float32 with 0 for what is dropped, the rest divided by 1 - p; its own gradient as well."""
-    y = torch.empty_like(x)
-    sizes = (x.numel() // x.shape[-1], x.shape[-1], *dropout.parts())
-    _library.qb_dropout(_address(x, torch.float32), *sizes, y.data_ptr(), torch.get_num_threads())
-    return y
-
-
-Factors = tuple[Tensor, Tensor | None, Tensor | None]
-
-
-def scale_products(y: Tensor, of_rows: Factors, of_columns: Factors, terms: int, factor: float) -> Tensor:
-    """What `ops._product` does to products of codes over `terms` columns, in place of float32 y (..., N, M).
-
-    Scale, offset and sums of codes of the rows (..., N, 1); scale, offset and sums of codes times scale of the columns
-    (..., 1, M); all broadcastable. The sums are None where the other side has no offset.
-    """
-    lead, (rows, columns) = y.shape[:-2], y.shape[-2:]
-    of_rows = [None if x is None else x.expand(*lead, rows, 1).contiguous() for x in of_rows]
-    of_columns = [None if x is None else x.expand(*lead, 1, columns).contiguous() for x in of_columns]
-    _library.qb_scale(
-        _address(y, torch.float32),
-        lead.numel(),
-        rows,
-        columns,
-        (c_void_p * 3)(*(_address(part, torch.float32) for part in of_rows)),
-        (c_void_p * 3)(*(_address(part, torch.float32) for part in of_columns)),
-        terms,
-        factor,
-        torch.get_num_threads(),
-    )
-    return y
-
-
-def softmax_codes(scores: Tensor, bits: int, dropout: Dropout) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantizers.softmax_codes` of float32 scores (..., I); codes and scale (..., 1) are those after dropout."""
-    probabilities, codes = torch.empty_like(scores), torch.empty_like(scores)
-    scale = _floats(*scores.shape[:-1], 1)
-    _library.qb_softmax_codes(
-        _address(scores, torch.float32),
-        scale.numel(),
-        scores.shape[-1],
-        2**bits - 1,
-        *dropout.parts(),
-        probabilities.data_ptr(),
-        codes.data_ptr(),
-        scale.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return probabilities, codes, scale
-
-
-def softmax_gradient(gradient: Tensor, probabilities: Tensor, dropout: Dropout) -> Tensor:
-    """Gradient of the scores from that of the probabilities after dropout, float32 (..., I) all three."""
-    out = torch.empty_like(gradient)
-    _library.qb_softmax_gradient(
-        _address(gradient, torch.float32),
-        _address(probabilities, torch.float32, gradient.shape),
-        gradient.numel() // gradient.shape[-1],
-        gradient.shape[-1],
-        *dropout.parts(),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
 
 
 class GhostWeights(NamedTuple):
@@ -429,47 +351,6 @@ class GhostWeights(NamedTuple):
 
     kernels: Tensor
     scale: Tensor
-
-
-def ghost_features(y: Tensor, real: Tensor | None, ghosts: GhostWeights) -> Tensor:
-    """Float32 y (B, T, C) with its ghost features; tokens where the bool `real` (B, T) is False stay as they are."""
-    features, size, columns = ghosts.kernels.shape
-    if real is None:
-        rows, places = y.flatten(0, 1), torch.arange(y.shape[0] * y.shape[1], device="cpu")
-    else:
-        rows, places = y[real], real.flatten().nonzero().flatten()
-    out = torch.empty_like(rows)
-    inputs = [_address(rows, torch.float32, (len(places), columns)), _address(places, torch.int64)]
-    sizes = (len(places), y.shape[1], columns, features, size)
-    _check(_library.qb_ghosts(*inputs, *sizes, *_ghosts(ghosts), out.data_ptr(), torch.get_num_threads()))
-    return out.view_as(y) if real is None else y.masked_scatter(real.unsqueeze(-1), out)
-
-
-def ghost_gradient(
-    gradient: Tensor, y: Tensor, real: Tensor | None, ghosts: GhostWeights
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, kernels and factors from that of `ghost_features` (B, T, C), float32 all; kernels of at most
-    `MOST_TAPS` tokens."""
-    features, size, columns = ghosts.kernels.shape
-    if size > MOST_TAPS:
-        raise ValueError(f"kernels: expected at most {MOST_TAPS} tokens, found {size}")
-    shape = (*y.shape[:2], columns)
-    inputs = [_address(part, torch.float32, shape) for part in (gradient, y)]
-    found = gradient.clone(), torch.zeros_like(ghosts.kernels), torch.zeros_like(ghosts.scale)
-    _library.qb_ghost_gradient(
-        *inputs,
-        _address(real, torch.bool, shape[:2]),
-        *(*shape, features, size),
-        *_ghosts(ghosts),
-        *(part.data_ptr() for part in found),
-        torch.get_num_threads(),
-    )
-    return found
-
-
-def _ghosts(ghosts: GhostWeights) -> list:
-    features, _, columns = ghosts.kernels.shape
-    return [_address(ghosts.kernels, torch.float32), _address(ghosts.scale, torch.float32, (features, columns))]
 
 
 class LayerWeights(NamedTuple):
@@ -518,12 +399,12 @@ class NativeEncoder:
         embedding: EmbeddingTables | None = None,
     ):
         self.hidden = hidden
-        self.handle = _library.qb_encoder_new(
+        self.handle = library.qb_encoder_new(
             len(layers), hidden, heads, head_size, intermediate, FUNCTIONS[function], head_size**-0.5
         )
         if not self.handle:
             raise MemoryError("the native engine ran out of memory")
-        free = weakref.finalize(self, _library.qb_encoder_free, self.handle)
+        free = weakref.finalize(self, library.qb_encoder_free, self.handle)
         free.atexit = False  # daemon threads may still be inside
         shapes = {
             "query_key_value": (3 * heads * head_size, hidden),
@@ -539,15 +420,17 @@ class NativeEncoder:
                     raise ValueError(f"layer {index}: {name} must be {list(shape)}, found {found}")
             columns = (hidden, head_size, head_size, head_size, 0, heads * head_size, hidden, intermediate)
             places = _places(layer.places, columns)
-            norms = [_address(part, torch.float32, (hidden,)) for part in (*layer.attention_norm, *layer.output_norm)]
+            norms = [
+                address_of(part, torch.float32, (hidden,)) for part in (*layer.attention_norm, *layer.output_norm)
+            ]
             handles = [weight.release(self) for weight in weights]
-            _check(_library.qb_encoder_layer(self.handle, index, *places, *handles, *norms, epsilon))
+            check(library.qb_encoder_layer(self.handle, index, *places, *handles, *norms, epsilon))
             for after, ghosts in enumerate(layer.ghosts):
                 if ghosts is not None:
                     features, size, _ = ghosts.kernels.shape
-                    kernels = _address(ghosts.kernels, torch.float32, (features, size, hidden))
-                    scale = _address(ghosts.scale, torch.float32, (features, hidden))
-                    _check(_library.qb_encoder_ghosts(self.handle, index, after, features, size, kernels, scale))
+                    kernels = address_of(ghosts.kernels, torch.float32, (features, size, hidden))
+                    scale = address_of(ghosts.scale, torch.float32, (features, hidden))
+                    check(library.qb_encoder_ghosts(self.handle, index, after, features, size, kernels, scale))
         self.tables = embedding  # the engine reads their memory
         if embedding is not None:
             tables = (embedding.types, embedding.positions)
@@ -555,15 +438,15 @@ class NativeEncoder:
             _, scale_rows, groups = embedding.scale.shape
             group_size = embedding.group_size if groups > 1 else hidden
             sizes = (rows, scale_rows, groups, group_size, *(table.shape[0] for table in tables), planes)
-            _check(
-                _library.qb_encoder_embedding(
+            check(
+                library.qb_encoder_embedding(
                     self.handle,
                     LAYOUTS[embedding.layout],
-                    _address(embedding.words, torch.uint8, (planes, rows, row_bytes(hidden, embedding.layout))),
-                    _address(embedding.scale, torch.float32, (planes, scale_rows, groups)),
+                    address_of(embedding.words, torch.uint8, (planes, rows, row_bytes(hidden, embedding.layout))),
+                    address_of(embedding.scale, torch.float32, (planes, scale_rows, groups)),
                     (c_int64 * len(sizes))(*sizes),
-                    *[_address(table, torch.float32, (table.shape[0], hidden)) for table in tables],
-                    *[_address(part, torch.float32, (hidden,)) for part in embedding.norm],
+                    *[address_of(table, torch.float32, (table.shape[0], hidden)) for table in tables],
+                    *[address_of(part, torch.float32, (hidden,)) for part in embedding.norm],
                     epsilon,
                 )
             )
@@ -587,22 +470,22 @@ class NativeEncoder:
             words, types, positions: int64 (B, T); types None are 0, positions None are counted.
         """
         shape = (words if embedded is None else embedded).shape[:2]
-        output = _floats(*shape, self.hidden)
-        status = _library.qb_encoder_forward(
+        output = floats(*shape, self.hidden)
+        status = library.qb_encoder_forward(
             self.handle,
             *shape,
-            _address(mask, torch.bool, shape),
-            _address(embedded, torch.float32, (*shape, self.hidden)),
-            _address(words, torch.int64, shape),
-            _address(types, torch.int64, shape),
-            _address(positions, torch.int64, shape),
+            address_of(mask, torch.bool, shape),
+            address_of(embedded, torch.float32, (*shape, self.hidden)),
+            address_of(words, torch.int64, shape),
+            address_of(types, torch.int64, shape),
+            address_of(positions, torch.int64, shape),
             -1 if self.tables is None else self.tables.padding,
             output.data_ptr(),
             torch.get_num_threads(),
         )
         if status in (OUT_OF_TABLE, HIDDEN_START):
             return None
-        _check(status)
+        check(status)
         return output
 
 

@@ -20,24 +20,26 @@ from .quantizers import LsqQuantizer, Quantized, expand_scale, softmax_codes
 
 try:
     from .native import (
-        MOST_TAPS,
-        Dropout,
         EmbeddingTables,
         GhostWeights,
         LayerWeights,
         NativeDense,
         NativeEncoder,
         NativeWeight,
+        place_of,
+        supports,
+    )
+    from .native_ops import traced_linear
+    from .native_training import (
+        MOST_TAPS,
+        Dropout,
         drop,
         ghost_features,
         ghost_gradient,
-        place_of,
         scale_products,
         softmax_gradient,
-        supports,
     )
-    from .native import softmax_codes as native_softmax_codes
-    from .native_ops import traced_linear
+    from .native_training import softmax_codes as native_softmax_codes
 
     WHY_NOT_NATIVE = ""
 except ImportError as _error:  # built without a compiler, or copied as remote code

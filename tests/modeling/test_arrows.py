@@ -11,7 +11,7 @@ ROOT = MODELING.parent
 ORDER = [
     {"quantizers", "packing", "memory"},
     {"native"},
-    {"native_ops"},
+    {"native_ops", "native_training"},
     {"ops"},
     {"checkpoint", "layers"},
     {"attention", "configuration_qbert", "integration", "lora", "lora_layer", "ghost", "fused"},

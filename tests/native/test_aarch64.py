@@ -26,7 +26,7 @@ def test_aarch64_compiles_and_answers_alike(tmp_path):
     there = build(COMPILER, tmp_path / "there", "-static", *SOURCES)
     if shutil.which(EMULATOR) is None or shutil.which("g++") is None:
         pytest.skip(f"it compiles; no {EMULATOR} or g++ here to compare what it answers")
-    here = build("g++", tmp_path / "here", native._library._name)
+    here = build("g++", tmp_path / "here", native.library._name)
     expected = subprocess.run([here, "0"], capture_output=True, text=True, check=True).stdout
     assert len(expected.splitlines()) == 4 * 40 + 3 * 4 + 3
     for level in ("0", "1"):  # plain loops, byte dot products

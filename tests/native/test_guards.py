@@ -15,6 +15,7 @@ from test_steps import QUANTIZERS  # noqa: E402
 from tiny import BACKBONE_SIZES, latent  # noqa: E402
 
 from modeling_qbert import native, ops  # noqa: E402
+from modeling_qbert import native_training as in_training  # noqa: E402
 from modeling_qbert.packing import pack_codes  # noqa: E402
 
 
@@ -64,10 +65,10 @@ def test_quantize(level, fence, columns):  # noqa: ARG001
 def test_float_steps(level, fence, columns):  # noqa: ARG001
     x, weight, bias = torch.randn(4, columns), torch.randn(columns), torch.randn(columns)
     y = fence(x)
-    native._library.qb_gelu(y.data_ptr(), 4, columns)
+    native.library.qb_gelu(y.data_ptr(), 4, columns)
     assert torch.equal(y, ops.gelu(x))
     y, parts = fence(x), [fence(weight).data_ptr(), fence(bias).data_ptr()]
-    assert native._library.qb_layer_norm(y.data_ptr(), 4, columns, *parts, 1e-12) == 0
+    assert native.library.qb_layer_norm(y.data_ptr(), 4, columns, *parts, 1e-12) == 0
     assert torch.equal(y, ops.layer_norm(x, weight, bias, 1e-12))
     codes = torch.randint(-1, 2, (1, 17, columns), dtype=torch.int8)
     packed, scale = fence(pack_codes(codes, "dense")), fence(torch.rand(1, 17, 1))
@@ -88,15 +89,15 @@ def test_attention(level, fence, tokens, size):  # noqa: ARG001
 
 @pytest.mark.parametrize("columns", SIZES)
 def test_steps_of_training(level, fence, columns):  # noqa: ARG001
-    x, gradient, dropout = torch.randn(2, 3, columns), torch.randn(2, 3, columns), native.Dropout(7, 0.3)
-    found = native.drop(fence(x), dropout), *native.softmax_codes(fence(x), 8, dropout)
-    expected = native.drop(x, dropout), *native.softmax_codes(x, 8, dropout)
-    found += (native.softmax_gradient(fence(gradient), fence(expected[1]), dropout),)
-    expected += (native.softmax_gradient(gradient, expected[1], dropout),)
+    x, gradient, dropout = torch.randn(2, 3, columns), torch.randn(2, 3, columns), in_training.Dropout(7, 0.3)
+    found = in_training.drop(fence(x), dropout), *in_training.softmax_codes(fence(x), 8, dropout)
+    expected = in_training.drop(x, dropout), *in_training.softmax_codes(x, 8, dropout)
+    found += (in_training.softmax_gradient(fence(gradient), fence(expected[1]), dropout),)
+    expected += (in_training.softmax_gradient(gradient, expected[1], dropout),)
     of_rows = [torch.randn(2, 3, 1) for _ in range(3)]
     of_columns = [torch.randn(2, 1, columns) for _ in range(3)]
-    found += (native.scale_products(fence(x), [*map(fence, of_rows)], [*map(fence, of_columns)], 5, 0.3),)
-    expected += (native.scale_products(x.clone(), of_rows, of_columns, 5, 0.3),)
+    found += (in_training.scale_products(fence(x), [*map(fence, of_rows)], [*map(fence, of_columns)], 5, 0.3),)
+    expected += (in_training.scale_products(x.clone(), of_rows, of_columns, 5, 0.3),)
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 
@@ -109,19 +110,19 @@ def test_ghost_features(level, fence, columns):  # noqa: ARG001
     addresses = [fence(part).data_ptr() for part in (kernels, scale)]
     sizes = (len(places), 9, columns, 2, 5)
     inputs = (fence(rows).data_ptr(), fence(places).data_ptr())
-    assert native._library.qb_ghosts(*inputs, *sizes, *addresses, out.data_ptr(), 2) == 0
-    assert torch.equal(out, native.ghost_features(y, real, native.GhostWeights(kernels, scale))[real])
+    assert native.library.qb_ghosts(*inputs, *sizes, *addresses, out.data_ptr(), 2) == 0
+    assert torch.equal(out, in_training.ghost_features(y, real, native.GhostWeights(kernels, scale))[real])
 
 
 @pytest.mark.parametrize("columns", SIZES)
 def test_ghost_gradient(level, fence, columns):  # noqa: ARG001
     y, gradient, real = torch.randn(2, 9, columns), torch.randn(2, 9, columns), torch.rand(2, 9) < 0.7
     weights = native.GhostWeights(torch.randn(2, 5, columns), torch.randn(2, columns))
-    expected = native.ghost_gradient(gradient, y, real, weights)
+    expected = in_training.ghost_gradient(gradient, y, real, weights)
     found = [fence(part) for part in (gradient, torch.zeros_like(weights.kernels), torch.zeros_like(weights.scale))]
     inputs = [fence(part).data_ptr() for part in (gradient, y, real)]
     addresses = [part.data_ptr() for part in (*map(fence, weights), *found)]
-    native._library.qb_ghost_gradient(*inputs, 2, 9, columns, 2, 5, *addresses, 2)
+    native.library.qb_ghost_gradient(*inputs, 2, 9, columns, 2, 5, *addresses, 2)
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 

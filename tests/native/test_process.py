@@ -56,7 +56,7 @@ def test_nothing_is_freed_when_the_process_ends():
     model, bits = latent("bert", "base").pack(), pack_codes(torch.zeros(1, 3, 8, dtype=torch.int8), "2bit")
     weight = native.NativeWeight(bits, 8, "2bit", torch.ones(1, 3, 1), 8, None)
     answer(model, inputs())
-    for free in (native._library.qb_encoder_free, native._library.qb_weight_free):
+    for free in (native.library.qb_encoder_free, native.library.qb_weight_free):
         found = [info for info in weakref.finalize._registry.values() if info.func is free]
         assert found and weight.handle and not any(info.atexit for info in found)
 

@@ -127,7 +127,7 @@ def test_nothing_outside_the_buffers_is_read_or_written(level, layout):  # noqa:
         tensors = [pack_codes(codes, layout), torch.ones(1, outputs, 1), torch.zeros(outputs), x]
         buffers = [Guarded(tensor) for tensor in (*tensors, torch.zeros(rows, outputs, dtype=torch.int32))]
         packed, scale, bias, codes_of_x, out = (buffer.address for buffer in buffers)
-        library = native._library
+        library = native.library
         handle = library.qb_weight_new(native.LAYOUTS[layout], packed, outputs, columns, 1, 1, columns, scale, bias)
         assert library.qb_sums(handle, 0, 0, codes_of_x, rows, out) == 0
         library.qb_weight_free(handle)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from modeling_qbert import ghost, native, ops
+from modeling_qbert import native_training as in_training
 from modeling_qbert.attention import quantized_attention
 from modeling_qbert.layers import _quantize_input
 from modeling_qbert.quantizers import ActivationQuantizer, LsqQuantizer, PactQuantizer, softmax_codes
@@ -131,7 +132,12 @@ def test_random_ghosts(level):
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
             patch.setattr(ghost, "_running", types.SimpleNamespace(real_tokens=real))
             expected = module(y)[real]
-        assert torch.equal(native.ghost_features(y, real, weights)[real], expected), (tokens, features, size, columns)
+        assert torch.equal(in_training.ghost_features(y, real, weights)[real], expected), (
+            tokens,
+            features,
+            size,
+            columns,
+        )
 
 
 def test_random_ghosts_in_training(level):
@@ -186,7 +192,7 @@ def test_what_is_no_number_is_none_in_training(level, monkeypatch):  # noqa: ARG
         torch.nn.init.normal_(module.ghost_scale)
     scores = torch.randn(3, 20)
     scores[1, 7] = float("nan")
-    for part in native.softmax_codes(scores, 8, native.Dropout(0, 0.0)):
+    for part in in_training.softmax_codes(scores, 8, in_training.Dropout(0, 0.0)):
         assert part.isnan().any(-1).tolist() == [False, True, False]
 
 
@@ -201,28 +207,34 @@ def test_ghosts_train_with_a_mask_for_all_sentences(monkeypatch):
 
 def test_ghost_gradients_of_long_kernels_are_torchs(monkeypatch):
     monkeypatch.setattr(ghost, "_running", types.SimpleNamespace(real_tokens=None))
-    module = ghost.GhostFeatures(0.0, 1, 4, native.MOST_TAPS + 2, "none", "relu")
+    module = ghost.GhostFeatures(0.0, 1, 4, in_training.MOST_TAPS + 2, "none", "relu")
     total = module(torch.randn(1, 30, 4))
     assert type(total.grad_fn).__name__ != "_GhostSumsBackward"
     with pytest.raises(ValueError, match="at most 15 tokens, found 17"):
         y, weights = torch.randn(1, 30, 4), native.GhostWeights(torch.randn(1, 17, 4), torch.randn(1, 4))
-        native.ghost_gradient(y, y, None, weights)
+        in_training.ghost_gradient(y, y, None, weights)
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 33, 130])
 def test_softmax_codes_and_gradient(level, columns):  # noqa: ARG001
-    scores, nothing, dropped = 4 * torch.randn(3, 7, columns), native.Dropout(0, 0.0), native.Dropout(2**63 + 11, 0.3)
+    scores, nothing, dropped = (
+        4 * torch.randn(3, 7, columns),
+        in_training.Dropout(0, 0.0),
+        in_training.Dropout(2**63 + 11, 0.3),
+    )
     scores[1, :, columns // 2 + 1 :] += torch.finfo(torch.float32).min
     expected, codes, scale = softmax_codes(scores, 8, False, None)
-    found = native.softmax_codes(scores, 8, nothing)
+    found = in_training.softmax_codes(scores, 8, nothing)
     torch.testing.assert_close(found[0], expected, atol=1e-30, rtol=1e-6)
     assert torch.equal(found[1], codes) and torch.equal(found[2], scale)
-    kept = native.drop(torch.ones_like(scores), dropped)
-    found = native.softmax_codes(scores, 8, dropped)
+    kept = in_training.drop(torch.ones_like(scores), dropped)
+    found = in_training.softmax_codes(scores, 8, dropped)
     assert torch.equal(found[1], codes * kept.sign()) and torch.equal(found[2], scale * (1 / (1 - 0.3)))
     leaf, gradient = scores.clone().requires_grad_(), torch.randn_like(scores)
     (torch.softmax(leaf, -1) * kept).backward(gradient)
-    torch.testing.assert_close(native.softmax_gradient(gradient, found[0], dropped), leaf.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        in_training.softmax_gradient(gradient, found[0], dropped), leaf.grad, atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("offsets", itertools.product((True, False), repeat=2))
@@ -235,19 +247,19 @@ def test_scaled_products(level, offsets):  # noqa: ARG001
     expected = expected if a is None else expected + a * sums[1]
     expected = expected if None in (a, b) else expected + 32 * a * b
     of_rows, of_columns = (rows, a, None if b is None else sums[0]), (columns, b, None if a is None else sums[1])
-    assert torch.equal(native.scale_products(y.clone(), of_rows, of_columns, 32, 0.7), expected * 0.7)
+    assert torch.equal(in_training.scale_products(y.clone(), of_rows, of_columns, 32, 0.7), expected * 0.7)
 
 
 def test_dropout_is_that_of_every_path_and_random(level):
-    x, dropped = torch.randn(40, 1000), native.Dropout(2**64 - 3, 0.5)
-    y = native.drop(x, dropped)
+    x, dropped = torch.randn(40, 1000), in_training.Dropout(2**64 - 3, 0.5)
+    y = in_training.drop(x, dropped)
     native.set_level("scalar")
-    assert torch.equal(y, native.drop(x, dropped))
+    assert torch.equal(y, in_training.drop(x, dropped))
     native.set_level(level)
-    signs = (native.drop(torch.ones(1000, 1024), dropped) - 1).double()
+    signs = (in_training.drop(torch.ones(1000, 1024), dropped) - 1).double()
     assert abs(float(signs.mean())) < 5e-3  # five standard deviations
     for shift in (1, 2, 16, 512):  # neighbours in a row, rows, and the same places of another seed
         assert abs(float((signs * signs.roll(shift, 1)).mean())) < 5e-3
         assert abs(float((signs * signs.roll(shift, 0)).mean())) < 5e-3
-        other = native.drop(torch.ones(1000, 1024), native.Dropout(shift, 0.5)) - 1
+        other = in_training.drop(torch.ones(1000, 1024), in_training.Dropout(shift, 0.5)) - 1
         assert abs(float((signs * other).mean())) < 5e-3
