@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ from trainers.pruning import (
     rewire,
     subnetwork,
 )
+from trainers.recipe import Recipe
+from trainers.run import run_recipe
 
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
@@ -557,3 +560,24 @@ def test_what_cannot_be_pruned(workplace, tmp_path, capsys):
     ternary.save_pretrained(tmp_path / "ternary")
     assert load_full_precision(str(tmp_path / "ternary")).config.model_type == "ternary_bert"
     assert AutoConfig.from_pretrained(tmp_path / "ternary").bits == "32-32-32"
+
+
+def test_all_widths_at_once_by_the_shipped_recipe(workplace, tmp_path):
+    """A rate of nothing in the second stage: what comes out is the leading half of what the first has trained."""
+    places = (f"data.path={workplace / 'data'}", f"teacher.model={workplace / 'classifier'}", "teacher.fine_tune=null")
+    recipe = Recipe.from_yaml(
+        Path(__file__).parents[2] / "examples" / "recipes" / "dynabert.yaml",
+        [
+            *("data.task=rotten_tomatoes", "data.max_length=24", *places, "stages.0.widths=[1.0, 0.5]"),
+            *("training.bf16=false", "training.max_steps=3", "training.per_device_train_batch_size=8"),
+            *("stages.1.training.learning_rate=1e-30", "stages.1.training.weight_decay=0.0"),
+        ],
+    )
+    results = run_recipe(recipe, tmp_path / "run", teachers=tmp_path / "teachers")
+    assert [stage["steps"] for stage in results["stages"]] == [3, 3]
+    (trained,) = (tmp_path / "teachers").glob("*-widths-*/model")
+    full = AutoModelForSequenceClassification.from_pretrained(trained)
+    half = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "packed").state_dict()
+    assert full.config.num_attention_heads == 2
+    expected = subnetwork(full, 0.5).state_dict()
+    assert half.keys() == expected.keys() and all(torch.equal(half[name], expected[name]) for name in half)
