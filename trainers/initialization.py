@@ -24,7 +24,7 @@ from transformers import (
 
 from modeling_qbert import get_model_class
 
-from .adaptive import budget_in_kib, choose_modules, measure_gains, split_costs
+from .adaptive import budget_in_kib, choose_modules, measure_gains, split_costs, split_multiply_adds
 from .distillation import GHOST_STATE, LEARNED_STEP
 from .heads import SEQUENCE_CLASSIFICATION, Head
 from .pruning import cut, head_and_neuron_importance, rewire
@@ -141,8 +141,8 @@ def weights_digest(name: str, labels: dict | None, auto_class: type) -> str:
 def student_config(recipe: Recipe, stage: Stage, teacher: str, labels: dict, head: str = SEQUENCE_CLASSIFICATION.name):
     """Class and config of a stage's student made from the checkpoint `teacher`; a wrong combination of fields fails
     here, before anything is trained."""
-    if stage.split_megabytes is not None and head != SEQUENCE_CLASSIFICATION.name:
-        raise ValueError(f"stages: split_megabytes measures gains on classified sentences, found a task of {head}")
+    if stage.chooses_modules and head != SEQUENCE_CLASSIFICATION.name:
+        raise ValueError(f"stages: adaptive splitting measures gains on classified sentences, found a task of {head}")
     backbone = AutoConfig.from_pretrained(resolve_model(teacher)).model_type.removeprefix(f"{recipe.family}_")
     model_class = get_model_class(recipe.family, backbone, head)
     ghost = stage.ghost.fields() if recipe.family == "ghost" else {}
@@ -261,10 +261,13 @@ def choose_ternary_modules(
     batches: Iterable[Mapping[str, Tensor]],
     seed: int,
 ) -> list[str]:
-    """Modules of a binary student that adaptive splitting within `stage.split_megabytes` makes ternary."""
+    """Modules of a binary student that adaptive splitting within the stage's budget makes ternary."""
     gains = measure_gains(student, teacher, batches)
-    plain, costs = split_costs(student)
-    budget = budget_in_kib(stage.split_megabytes, plain, costs)
+    if stage.split_megabytes is None:
+        costs, budget = split_multiply_adds(student), int(1000 * stage.split_multiply_adds)
+    else:
+        plain, costs = split_costs(student)
+        budget = budget_in_kib(stage.split_megabytes, plain, costs)
     return choose_modules(gains, costs, budget, stage.split_selection, seed)
 
 

@@ -86,7 +86,8 @@ def published_method(results: Mapping[str, Any]) -> str | None:
     if results["recipe"].get("family") == "ghost" or "random_encoder" in inits:
         return None
     centered = last.get("binary_quantizer") == "centered"
-    if any(stage.get("split_megabytes") for stage in stages) or (last.get("planes", 1) == 2) != ("pruned" in inits):
+    chosen = any(stage.get("split_megabytes") or stage.get("split_multiply_adds") for stage in stages)
+    if chosen or (last.get("planes", 1) == 2) != ("pruned" in inits):
         return None
     if "pruned" in inits:
         return None if centered else "split"

@@ -179,6 +179,7 @@ class Stage:
     imitate instead of the recipe's teacher.
     `split_megabytes` makes a binary student ternary in the modules that the best (or, as controls, a random or the
     worst) choice of adaptive splitting would split within a file of that size; a later stage splits just these.
+    `split_multiply_adds` instead bounds the millions of multiply-adds that this adds to a sentence of 128 tokens.
     `learning_rate_ratio` multiplies the learning rate; `quantizer_learning_rate` is that of learned step sizes and
     clips. `augmented` trains on the rows of `data.augmented` instead of the training split. `training` takes any field
     of `transformers.TrainingArguments` but output_dir and seed.
@@ -199,6 +200,7 @@ class Stage:
     teacher_dropout: bool = False
     temperature: float = 1.0
     split_megabytes: float | None = None
+    split_multiply_adds: float | None = None
     split_selection: Literal["gain", "random", "smallest_gain"] = "gain"
     learning_rate_ratio: float = 1.0
     quantizer_learning_rate: float | None = None
@@ -224,12 +226,21 @@ class Stage:
         )
         for key, widths in (("width", () if self.width is None else (self.width,)), ("widths", self.widths)):
             require(all(0 < width <= 1 for width in widths), key, "shares in (0, 1]", widths)
-        if self.split_megabytes is not None:
-            bits, found = self.quantization.bits, (self.split_megabytes, self.quantization.bits)
-            require(bits.startswith("1-1-"), "split_megabytes", "a stage of binary weights, bits 1-1-A", found)
-            require(self.quantization.planes == 1, "split_megabytes", "one plane, before the splitting", found)
+        budgets = (self.split_megabytes, self.split_multiply_adds)
+        require(None in budgets, "split_multiply_adds", "nothing beside split_megabytes", self.split_multiply_adds)
+        for key, budget in zip(("split_megabytes", "split_multiply_adds"), budgets):
+            if budget is not None:
+                bits, found = self.quantization.bits, (budget, self.quantization.bits)
+                require(math.isfinite(budget) and budget > 0, key, "a finite number above 0", budget)
+                require(bits.startswith("1-1-"), key, "a stage of binary weights, bits 1-1-A", found)
+                require(self.quantization.planes == 1, key, "one plane, before the splitting", found)
         require(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "above 0", self.temperature)
         object.__setattr__(self, "training", _training_arguments(self.training, "training"))
+
+    @property
+    def chooses_modules(self) -> bool:
+        """Whether adaptive splitting chooses some of the student's modules."""
+        return self.split_megabytes is not None or self.split_multiply_adds is not None
 
 
 @dataclass(frozen=True, kw_only=True)

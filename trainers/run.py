@@ -260,7 +260,7 @@ class _Run:
         rows = self.train.select([index * len(self.train) // count for index in range(count)])
         batches = labelled_batches(rows, self.tokenizer)
         student = initial_student(self.recipe, stage, start, self.labels, batches, self.head)
-        if stage.split_megabytes is not None:
+        if stage.chooses_modules:
             modules = choose_ternary_modules(stage, student, teacher, batches, self.recipe.seed)
             fields = {**student.config.to_dict(), "ternary_modules": modules}
             mixed = type(student)(type(student.config).from_dict(fields))

@@ -48,12 +48,9 @@ def test_published_drop_needs_the_published_bits_and_the_last_stage():
         # Nothing of that kind is published: half width without the split, some modules split, other bits.
         ([{"init": "pruned"}, {"quantization": {"bits": "2-2-8", "weight_quantizer": "twn"}}], None),
         ([{"init": "pruned"}, {"quantization": {"bits": "1-1-8"}}], None),
-        (
-            [
-                {"init": "pruned", "split_megabytes": 3.5},
-                {"init": "split", "quantization": {"bits": "1-1-8", "planes": 2}},
-            ],
-            None,
+        *(
+            ([{"init": "pruned", key: 3.5}, {"init": "split", "quantization": {"bits": "1-1-8", "planes": 2}}], None)
+            for key in ("split_megabytes", "split_multiply_adds")
         ),
         ([{"quantization": {"bits": "1-1-1"}}], None),
     ],

@@ -280,7 +280,7 @@ def test_scores_of_the_run_are_those_of_its_answers_one_by_one(finished):
 def test_what_squad_cannot_do_fails_before_training(finished, tmp_path):
     folder, recipe, _ = finished
     stage = {"quantization": {"bits": "1-1-8"}, "split_megabytes": 1.0}
-    with pytest.raises(ValueError, match="split_megabytes measures gains on classified sentences"):
+    with pytest.raises(ValueError, match="adaptive splitting measures gains on classified sentences"):
         run_recipe(make_recipe(folder, recipe.data.task, stages=[stage], family="binary"), tmp_path / "run")
 
 

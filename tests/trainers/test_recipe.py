@@ -142,6 +142,19 @@ def test_the_last_override_wins(tmp_path):
         ),
         ({"stages": [{"start": "distil"}]}, "stages.0.start: expected nothing for init 'teacher'"),
         ({"stages": [{}, {"name": "b", "init": "previous", "start": "c"}]}, "stages.1.start: expected one of .None"),
+        ({"stages": [{"split_megabytes": 3}]}, "split_megabytes: expected a stage of binary weights, bits 1-1-A"),
+        (
+            {"stages": [{"split_multiply_adds": 0, "quantization": {"bits": "1-1-8"}}]},
+            "stages.0.split_multiply_adds: expected a finite number above 0, found 0.0",
+        ),
+        (
+            {"stages": [{"split_multiply_adds": 9, "quantization": {"bits": "1-1-8", "planes": 2}}]},
+            "stages.0.split_multiply_adds: expected one plane, before the splitting",
+        ),
+        (
+            {"stages": [{"split_megabytes": 3, "split_multiply_adds": 9, "quantization": {"bits": "1-1-8"}}]},
+            "stages.0.split_multiply_adds: expected nothing beside split_megabytes, found 9.0",
+        ),
         ({"stages": [{"temperature": 0}]}, "stages.0.temperature: expected above 0, found 0.0"),
         ({"stages": [{"temperature": ".nan"}]}, "stages.0.temperature: expected a number, found str '.nan'"),
         ({"stages": [{"temperature": float("inf")}]}, "stages.0.temperature: expected a finite number"),

@@ -287,6 +287,15 @@ def test_adaptive_splitting_by_its_recipe(workplace, tmp_path):
             assert config.planes == 2 and plain_size < size <= 1e6 * megabytes
             assert config.split_modules
 
+    def work(folder):
+        """Multiply-adds that splitting adds to 128 tokens; an embedding has none."""
+        modules = AutoConfig.from_pretrained(tmp_path / folder / "packed").split_modules
+        return sum(128 * 32 * (16 if ".attention." in name else 24) for name in modules if "encoder." in name)
+
+    chosen = ["stages.2.split_megabytes=null", "stages.2.split_multiply_adds=0.15"]
+    run_recipe(Recipe.from_yaml(path, overrides + chosen), tmp_path / "work", teachers=tmp_path / "teachers")
+    assert 0 < work("work") <= 0.15e6 < work("1-gain")
+
 
 def test_killed_and_started_again_ends_in_the_same_file(finished, tmp_path):
     recipe, output, results = finished
