@@ -1,4 +1,4 @@
-// The C interface. Pointers and sizes come from modeling_qbert/native.py, which has checked them; memory that runs out
+// The C interface. Pointers and sizes come from modeling_qbert/native*.py, which have checked them; memory that runs out
 // is a null pointer or kNoMemory.
 
 #include <algorithm>
