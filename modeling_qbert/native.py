@@ -1,4 +1,4 @@
-"""The native CPU engine (`native/` of the repository) through ctypes. Only this file and `native_training` know its C interface.
+"""The native CPU engine (`native/` of the repository) through ctypes; `native_training` calls it as well, no other.
 
 Importing this module raises `ImportError` where the engine was not built, does not fit or would be slow; `ops.py` then
 stays in torch. `QBERT_CPU` caps the instructions used (`scalar`, plain loops for tests, `avx2`, `vnni`, `avx512`; on
