@@ -125,6 +125,7 @@ class AtomicCheckpointMixin:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity or {}))
         self._staging: Path | None = None
         self._step_losses: dict[str, Tensor] = {}
+        self._give_back_memory = lambda: None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest complete checkpoint of `output_dir`."""
@@ -135,7 +136,7 @@ class AtomicCheckpointMixin:
                     shutil.rmtree(stale)
             checkpoint = self._checked_resume(folder, resume_from_checkpoint)
             self._step_losses = {}
-            with freed_memory_kept():
+            with freed_memory_kept() as self._give_back_memory:
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _checked_resume(self, folder: Path, requested: str | bool | None) -> str | None:
@@ -211,6 +212,7 @@ class AtomicCheckpointMixin:
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         self._add_step_losses(loss=loss)
+        self._give_back_memory()
         return loss
 
     def _add_step_losses(self, **losses: Tensor) -> None:

@@ -142,16 +142,20 @@ def evaluations(
     return {split: Evaluation(*evaluation(task, data[split], tokenizer, spec, config)) for split in eval_splits(spec)}
 
 
-def evaluate(
+def predict_splits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: Head, splits: Mapping[str, Evaluation]
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """(scores, logits by split). The metrics of a further split have its name at their end: accuracy_mismatched."""
-    metrics, logits = {}, {}
+) -> dict[str, np.ndarray]:
+    """Logits by split, as `predict` gives them."""
+    return {split: predict(model, tokenizer, evaluation.inputs, head) for split, evaluation in splits.items()}
+
+
+def scores(logits: Mapping[str, np.ndarray], splits: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Scores of logits by split. The metrics of a further split have its name at their end: accuracy_mismatched."""
+    metrics = {}
     for index, (split, evaluation) in enumerate(splits.items()):
-        logits[split] = predict(model, tokenizer, evaluation.inputs, head)
         ending = f"_{split.removeprefix('validation_')}" if index else ""
         metrics |= {f"{name}{ending}": value for name, value in evaluation.score(logits[split]).items()}
-    return metrics, logits
+    return metrics
 
 
 @torch.no_grad()

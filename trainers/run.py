@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from modeling_qbert import ghost_parameters, multiply_adds
@@ -21,7 +21,7 @@ from .checkpointing import AtomicCheckpointMixin, folder_lock, newest_complete_c
 from .data import data_identity, eval_splits, label_config, load_augmented, load_data, task_of
 from .distillation import DistillationArguments, DistillationTrainer
 from .figures import plot_training
-from .heads import HEADS, evaluate, evaluations
+from .heads import HEADS, evaluations, predict_splits, scores
 from .initialization import (
     BUNDLED,
     change_architecture,
@@ -40,6 +40,7 @@ from .results import RESULTS_NAME, environment, read_results, write_atomic, writ
 
 
 DONE = "DONE.json"  # written last into a finished teacher or stage folder
+LOGITS = "logits.safetensors"  # there, on the evaluation splits
 RANKING_ROWS = 512  # training rows that rank what is pruned and what is split
 
 
@@ -53,10 +54,11 @@ def evaluate_checkpoint(folder: str, spec: DataSpec, logits_file: str | None = N
     task = task_of(spec, data)
     head = HEADS[task.kind]
     model, tokenizer = head.auto_class.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    metrics, logits = evaluate(model, tokenizer, head, evaluations(task, data, tokenizer, spec, model.config))
+    splits = evaluations(task, data, tokenizer, spec, model.config)
+    logits = predict_splits(model, tokenizer, head, splits)
     if logits_file:
         save_file(logits, logits_file)
-    return metrics
+    return scores(logits, splits)
 
 
 def run_recipe(recipe: Recipe, output: str | Path, teachers: str | Path | None = None) -> dict:
@@ -156,8 +158,8 @@ class _Run:
             previous, record = self._stage(index, stage, start, teacher)
             folders[stage.name] = previous
             stages.append(record)
+        metrics, logits = self._evaluate(previous, Path(previous).parent)
         student = self.head.auto_class.from_pretrained(previous)
-        metrics, logits = self._evaluate(student)
         packed_folder = self.output / "packed"
         if self.recipe.stages[-1].quantization.bits != "32-32-32":
             student = student.pack(self.recipe.packing)
@@ -203,7 +205,7 @@ class _Run:
                 trainer.model.save_pretrained(self.teacher_path)
                 self.tokenizer.save_pretrained(self.teacher_path)
             if not (self.teacher_folder / DONE).exists():
-                metrics, _ = self._evaluate(load_teacher(self.teacher_path, auto_class=self.head.auto_class))
+                metrics, _ = self._evaluate(self.teacher_path, self.teacher_folder)
                 _write_json(self.teacher_folder / DONE, {"metrics": metrics})
 
     def _stage(self, index: int, stage: Stage, previous: str, teacher: PreTrainedModel) -> tuple[str, dict]:
@@ -232,8 +234,7 @@ class _Run:
                 record = self._train(trainer, training, stage.name)
                 trainer.model.save_pretrained(model_folder)
                 self.tokenizer.save_pretrained(model_folder)
-                student = self.head.auto_class.from_pretrained(model_folder)
-                record["metrics"], _ = self._evaluate(student)
+                record["metrics"], _ = self._evaluate(model_folder, folder)
                 _write_json(folder / DONE, record)
         return str(model_folder), json.loads((folder / DONE).read_text())
 
@@ -295,6 +296,7 @@ class _Run:
     def _train(self, trainer: Trainer, folder: Path, name: str) -> dict:
         resume = newest_complete_checkpoint(folder) is not None
         started = time.time()
+        (folder.parent / LOGITS).unlink(missing_ok=True)  # of what lay there before
         trainer.train(resume_from_checkpoint=True if resume else None)
         history = trainer.state.log_history
         write_atomic(folder / "log.json", json.dumps(history, indent=1).encode())
@@ -308,8 +310,14 @@ class _Run:
             "final_losses": {key: value for key, value in losses.items() if key.startswith("loss")},
         }
 
-    def _evaluate(self, model: PreTrainedModel) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        return evaluate(model, self.tokenizer, self.head, self.evaluations)
+    def _evaluate(self, model: str | Path, folder: Path) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Scores and logits by split of a trained model, which is asked once: `folder`, its own, keeps the logits."""
+        kept = folder / LOGITS
+        if not kept.exists():
+            loaded = load_teacher(str(model), auto_class=self.head.auto_class)
+            write_atomic(kept, save(predict_splits(loaded, self.tokenizer, self.head, self.evaluations)))
+        logits = load_file(kept)
+        return scores(logits, self.evaluations), logits
 
     def _finish(
         self,
@@ -325,8 +333,7 @@ class _Run:
         difference = max(float(np.abs(packed_logits[split] - logits[split]).max()) for split in logits)
         if difference > 1e-4:
             raise RuntimeError(f"{weights}: packed logits differ from the fake-quant student's by {difference:.2e}")
-        teacher = load_teacher(self.teacher_path, auto_class=self.head.auto_class)
-        teacher_logits = self._evaluate(teacher)[1][self.split]
+        teacher_logits = self._evaluate(self.teacher_path, self.teacher_folder)[1][self.split]
         architecture, teacher_name = recipe.teacher.architecture, recipe.portable()["teacher"]["model"]
         teacher_weights = Path(self.teacher_path) / "model.safetensors"
         results = {

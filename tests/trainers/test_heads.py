@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from modeling_qbert import get_model_class
 from trainers.card import build_card
-from trainers.heads import HEADS, evaluate, evaluations, predict
+from trainers.heads import HEADS, evaluations, predict, predict_splits, scores
 from trainers.recipe import DataSpec
 from trainers.run import evaluate_checkpoint
 from trainers.tasks import TASKS
@@ -55,7 +55,9 @@ def test_mnli_has_the_scores_of_both_splits(checkpoint, tmp_path):
     tokenizer = BertTokenizer.from_pretrained(checkpoint)
     spec = DataSpec(task="mnli", path=str(tmp_path), max_length=16)
     task = TASKS["mnli"]
-    metrics, logits = evaluate(model, tokenizer, HEADS[task.kind], evaluations(task, data, tokenizer, spec))
+    splits = evaluations(task, data, tokenizer, spec)
+    logits = predict_splits(model, tokenizer, HEADS[task.kind], splits)
+    metrics = scores(logits, splits)
     expected = {}
     for split, name in (("validation_matched", "accuracy"), ("validation_mismatched", "accuracy_mismatched")):
         right = 0
