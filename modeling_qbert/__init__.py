@@ -13,6 +13,7 @@ from .configuration_qbert import (
     TernaryElectraConfig,
     TernaryRobertaConfig,
 )
+from .layers import FastDropout
 from .modeling_binary import *  # noqa: F403
 from .modeling_ghost import *  # noqa: F403
 from .modeling_ternary import *  # noqa: F403
@@ -43,6 +44,7 @@ __all__ = [
     "BinaryElectraConfig",
     "BinaryRobertaConfig",
     "CheckpointError",
+    "FastDropout",
     "GhostBertConfig",
     "GhostElectraConfig",
     "GhostRobertaConfig",

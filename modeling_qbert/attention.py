@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from .ops import SoftmaxCodes, learned_softmax_codes, quantized_matmul
+from .ops import dropout as fast_dropout
 from .quantizers import LsqQuantizer, Quantized, softmax_codes
 
 
@@ -57,7 +58,8 @@ def quantized_attention(
         if attention_mask is not None:
             scores = scores + attention_mask
         probabilities = nn.functional.softmax(scores, dim=-1)
-        probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+        if module.training:
+            probabilities = fast_dropout(probabilities, dropout)
         context = probabilities @ value
     else:
         token_is_real = None  # (B, 1, T, 1): tokens that some query may attend to

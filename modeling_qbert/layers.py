@@ -20,6 +20,7 @@ from .ops import (
     has_fast_int8,
     layer_norm,
     quantized_linear,
+    quantized_rows,
     scaled_code_sums,
     traced_linear,
 )
@@ -261,13 +262,17 @@ def _quantize_input(x: Tensor, quantizer: InputQuantizer, token_mask: Tensor | N
         if previous is not None and previous() is x and previous_key == key and version is not None:
             return result if result[0] is not None else (x, result[1])
     valid = token_mask.unsqueeze(-1) if token_mask is not None and token_mask.shape == x.shape[:-1] else None
-    carrier, (codes, scale, offset) = quantize_signed(x, quantizer, valid)
-    with torch.no_grad():
-        quantized = Quantized(
-            codes.to(torch.int8).view(-1, x.shape[-1]),
-            scale.view(-1, 1),
-            None if offset is None else offset.view(-1, 1),
-        )
+    carrier, quantized = x, None
+    if isinstance(quantizer, ActivationQuantizer):
+        quantized = quantized_rows(x, quantizer, valid)
+    if quantized is None:
+        carrier, (codes, scale, offset) = quantize_signed(x, quantizer, valid)
+        with torch.no_grad():
+            quantized = Quantized(
+                codes.to(torch.int8).view(-1, x.shape[-1]),
+                scale.view(-1, 1),
+                None if offset is None else offset.view(-1, 1),
+            )
     if not compiling:
         _last_input.value = (weakref.ref(x), key, (None if carrier is x else carrier, quantized))
     return carrier, quantized

@@ -25,7 +25,7 @@ from .packing import packed_columns as row_bytes
 from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
 
 
-VERSION = 10  # of the C interface
+VERSION = 11  # of the C interface
 LEVELS = ("scalar", "neon") if platform.machine() in ("aarch64", "arm64") else ("scalar", "avx2", "vnni", "avx512")
 LAYOUTS = {"2bit": 0, "dense": 1, "int8": 2, "1bit": 3}
 FUNCTIONS = {"gelu": 0, "relu": 1}
@@ -43,7 +43,7 @@ _SIGNATURES = {
     "qb_weight_rows": (c_int, [c_void_p, c_int, *[c_int64] * 4, c_void_p]),
     "qb_sums": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p]),
     "qb_linear": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int]),
-    "qb_quantize": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 5]),
+    "qb_quantize": (c_int, [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 5, c_int]),
     "qb_dense": (c_int, [*[c_void_p] * 4, c_int64, c_int64, c_void_p, c_int]),
     "qb_gelu": (None, [c_void_p, c_int64, c_int64]),
     "qb_layer_norm": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float]),
@@ -52,6 +52,8 @@ _SIGNATURES = {
     "qb_ghost_gradient": (None, [*[c_void_p] * 3, *[c_int64] * 5, *[c_void_p] * 5, c_int]),
     "qb_dropout": (None, [c_void_p, c_int64, c_int64, *_DROPOUT, c_void_p, c_int]),
     "qb_scale": (None, [c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_float, c_float, c_int]),
+    "qb_finish": (None, [c_void_p, c_int64, c_int64, *[c_void_p] * 6, c_int]),
+    "qb_linear_gradient": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 7, c_int]),
     "qb_softmax_codes": (None, [c_void_p, c_int64, c_int64, c_float, *_DROPOUT, *[c_void_p] * 3, c_int]),
     "qb_softmax_gradient": (None, [c_void_p, c_void_p, c_int64, c_int64, *_DROPOUT, c_void_p, c_int]),
     "qb_encoder_new": (c_void_p, [*[c_int64] * 5, c_int, c_float]),
@@ -313,12 +315,14 @@ def supports(layout: str, groups: int = 1, group_size: int = 0) -> bool:
     return layout in LAYOUTS and (groups == 1 or group_size % (32 if layout == "1bit" else 16) == 0)
 
 
-def quantize(x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row of float32 (N, I): int8 codes, scale and offset (N, 1)."""
+def quantize(x: Tensor, place: Place, real: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row of float32 (N, I): int8 codes, scale and offset (N, 1). Rows where the bool `real` (N,) is False have a
+    range of 0, as `quantizers` has it."""
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     scale, offset = floats(x.shape[0], 1), floats(x.shape[0], 1)
-    outputs = (codes.data_ptr(), scale.data_ptr(), offset.data_ptr())
-    check(library.qb_quantize(address_of(x, torch.float32), *x.shape, *_places([place], x.shape[1:]), *outputs))
+    inputs = (address_of(x, torch.float32), address_of(real, torch.bool, x.shape[:1]), *x.shape)
+    outputs = (codes.data_ptr(), scale.data_ptr(), offset.data_ptr(), torch.get_num_threads())
+    check(library.qb_quantize(*inputs, *_places([place], x.shape[1:]), *outputs))
     return codes, scale, offset
 
 

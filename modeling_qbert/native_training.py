@@ -1,4 +1,5 @@
-"""What training takes from the native engine beyond `native`: dropout, softmax and scales in one pass, ghost features.
+"""What training takes from the native engine beyond `native`: dropout, softmax, what surrounds the products of linear
+layers, and ghost features, each in one pass.
 
 Shapes as in `native`.
 """
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .native import GhostWeights, address_of, check, floats, library
+from .quantizers import Quantized
 
 
 MOST_TAPS = 15  # tokens of a ghost feature's kernel whose gradient the engine has
@@ -57,6 +59,51 @@ def scale_products(y: Tensor, of_rows: Factors, of_columns: Factors, terms: int,
         torch.get_num_threads(),
     )
     return y
+
+
+def _line(length: int, *numbers: Tensor | None) -> list[Tensor | None]:
+    """Contiguous float32 (length,) of tensors with as many numbers or one."""
+    return [None if x is None else x.detach().float().flatten().expand(length).contiguous() for x in numbers]
+
+
+def finish_products(products: Tensor, x: Quantized, scale: Tensor, sums: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What `ops.add_products` does to the exact products int32 (N, O) of one plane and scale group: float32 (N, O).
+
+    x's scale and offset are (N, 1) or (1, 1), the weight's scale (1, O) or (1, 1); sums (1, O), which an offset needs;
+    bias (O,).
+    """
+    (rows, columns), y = products.shape, floats(*products.shape)
+    of_rows = _line(rows, x.scale, x.offset)
+    of_columns = _line(columns, scale, None if x.offset is None else sums, bias)
+    library.qb_finish(
+        address_of(products, torch.int32),
+        rows,
+        columns,
+        *(address_of(line, torch.float32) for line in (*of_rows, *of_columns)),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def linear_gradient(gradient: Tensor, x: Quantized, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a linear layer's gradient float32 (N, O): in bfloat16 times the weight's scale, and times x's; then the sums
+    over rows (O,) of itself and of itself times x's offset, 0 where there is none. Scales and offset as in
+    `finish_products`."""
+    rows, columns = gradient.shape
+    products = [torch.empty(gradient.shape, dtype=torch.bfloat16, device="cpu") for _ in range(2)]
+    sums = [floats(columns) for _ in range(2)]
+    lines = [*_line(rows, x.scale, x.offset), *_line(columns, scale)]
+    status = library.qb_linear_gradient(
+        address_of(gradient, torch.float32),
+        rows,
+        columns,
+        *(address_of(line, torch.float32) for line in lines),
+        *(part.data_ptr() for part in (*products, *sums)),
+        torch.get_num_threads(),
+    )
+    check(status)
+    return *products, *sums
 
 
 def softmax_codes(scores: Tensor, bits: int, dropout: Dropout) -> tuple[Tensor, Tensor, Tensor]:

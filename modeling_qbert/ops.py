@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .quantizers import LsqQuantizer, Quantized, expand_scale, softmax_codes
+from .quantizers import ActivationQuantizer, LsqQuantizer, Quantized, expand_scale, softmax_codes
 
 
 try:
@@ -29,13 +29,16 @@ try:
         place_of,
         supports,
     )
+    from .native import quantize as native_quantize
     from .native_ops import traced_linear
     from .native_training import (
         MOST_TAPS,
         Dropout,
         drop,
+        finish_products,
         ghost_features,
         ghost_gradient,
+        linear_gradient,
         scale_products,
         softmax_gradient,
     )
@@ -47,6 +50,7 @@ except ImportError as _error:  # built without a compiler, or copied as remote c
     place_of = supports = traced_linear = ghost_features = ghost_gradient = None
     MOST_TAPS = 0
     Dropout = drop = native_softmax_codes = scale_products = softmax_gradient = None
+    finish_products = linear_gradient = native_quantize = None
     WHY_NOT_NATIVE = str(_error)
 
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32
@@ -60,15 +64,23 @@ def has_fast_int8(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and _CPU_HAS_VNNI)
 
 
+def whole_products(x: Tensor, weight: Tensor) -> Tensor | None:
+    """x (N, I) @ weight (O, I)^T of int8 codes -> int32 (N, O); None where torch has no fast product for it."""
+    if has_fast_int8(x.device) and x.shape[1] > 1:  # of one column, torch 2.13's CPU product reads foreign memory
+        rows, (out, columns) = x.shape[0], weight.shape
+        if x.device.type == "cpu" or (rows > 16 and out % 8 == 0 and columns % 8 == 0):  # cuBLAS' limits
+            return torch._int_mm(x, weight.t())
+    return None
+
+
 def matmul_codes(x: Tensor, weight: Tensor, bound: int) -> Tensor:
     """x (N, I) @ weight (O, I)^T of int8 codes -> exact sums, rounded once to float32 (N, O).
 
     `bound` is the largest magnitude in `weight`: it tells which float type still adds exactly.
     """
-    if has_fast_int8(x.device) and x.shape[1] > 1:  # of one column, torch 2.13's CPU product reads foreign memory
-        rows, (out, columns) = x.shape[0], weight.shape
-        if x.device.type == "cpu" or (rows > 16 and out % 8 == 0 and columns % 8 == 0):  # cuBLAS' limits
-            return torch._int_mm(x, weight.t()).float()
+    whole = whole_products(x, weight)
+    if whole is not None:
+        return whole.float()
     exact = 128 * bound * x.shape[1] <= EXACT_FLOAT32
     dtype = torch.float32 if exact else torch.float64
     return (x.to(dtype) @ weight.to(dtype).t()).float()
@@ -99,8 +111,12 @@ def linear_codes(
     """
     if x.offset is not None and sums is None:
         sums = scaled_code_sums(weight, bound, group_size, planes)
-    y = None if bias is None else bias.float()
     groups = weight.scale.shape[1]
+    if planes == groups == 1 and _is_native(x.scale, weight.scale):
+        products = whole_products(x.codes, weight.codes)
+        if products is not None:
+            return finish_products(products, x, weight.scale, sums, bias)
+    y = None if bias is None else bias.float()
     for group, scale in enumerate(weight.scale.unbind(1)):
         columns = slice(group * group_size, (group + 1) * group_size)
         codes = (x.codes, weight.codes)
@@ -174,6 +190,14 @@ class _LinearCodes(torch.autograd.Function):
         grad = grad.float()
         grad_x = grad_weight = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
+            if dtype == torch.bfloat16 and scale.shape[1] == ctx.planes == 1 and _is_native(grad, x_scale, scale):
+                of_input, of_weight, grad_bias, offsets = linear_gradient(
+                    grad.contiguous(), Quantized(x_codes, x_scale, x_offset), scale
+                )
+                grad_x = (of_input @ codes.to(dtype)).to(ctx.x_dtype)
+                grad_weight = (of_weight.t() @ x_codes.to(dtype)).float().add_(offsets.view(-1, 1))
+                found = zip((grad_x, grad_weight, grad_bias), ctx.needs_input_grad)
+                return *(gradient if needed else None for gradient, needed in found), *(None,) * 8
             if ctx.needs_input_grad[0]:
                 # One scale a row is folded into the smaller factor: codes are exact in any float type.
                 if scale.shape[1] == 1 and ctx.planes == 1:
@@ -221,6 +245,17 @@ def _is_native(*tensors: Tensor) -> bool:
     return all(
         type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors
     )
+
+
+def quantized_rows(x: Tensor, quantizer: ActivationQuantizer, valid: Tensor | None) -> Quantized | None:
+    """`quantizer.quantized` of x (..., I) with int8 codes, one range for each row; None where the engine has no part.
+    valid: (..., 1)."""
+    if quantizer.per_tensor or not x.numel() or not _is_native(x):
+        return None
+    place = place_of(quantizer)
+    real = None if valid is None else valid.expand(*x.shape[:-1], 1).flatten()
+    codes, scale, offset = native_quantize(x.detach().contiguous().view(-1, x.shape[-1]), place, real)
+    return Quantized(codes, scale, None if quantizer.symmetric else offset)
 
 
 def _product(a: Quantized, b: Quantized, factor: float, training: bool = False) -> Tensor:
@@ -361,7 +396,10 @@ def _seed() -> int:
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zeros for a share p of x, the rest divided by 1 - p; torch's CPU kernel would draw number by number."""
-    return _Dropped.apply(x, p) if 0 < p < 1 and x.numel() and _is_native(x) else F.dropout(x, p)
+    wide = x.float() if x.device.type == "cpu" else x  # of autocast
+    if 0 < p < 1 and x.numel() and _is_native(wide):
+        return _Dropped.apply(wide, p).to(x.dtype)
+    return F.dropout(x, p)
 
 
 class _GhostSums(torch.autograd.Function):

@@ -198,7 +198,7 @@ void for_rows(long rows, int threads, const Body& body) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int qb_version() { return 10; }
+int qb_version() { return 11; }
 
 int qb_best_level() { return best_level(); }
 
@@ -297,15 +297,17 @@ int qb_dense(const void* weight, const double* place, const float* const* shift,
     return kNoMemory;
 }
 
-// codes (N, I) int8, scale and offset (N) of x (N, I).
-int qb_quantize(const float* x, int64_t rows, int64_t columns, const double* place, const float* const* shift,
-                int8_t* codes, float* scale, float* offset) try {
+// codes (N, I) int8, scale and offset (N) of x (N, I). real (N) or null: rows that it hides have a range of 0.
+int qb_quantize(const float* x, const uint8_t* real, int64_t rows, int64_t columns, const double* place,
+                const float* const* shift, int8_t* codes, float* scale, float* offset, int threads) try {
     Buffer<int32_t> sums(rows);
     const Codes out{codes, scale, offset, sums.get(), columns, 1, {}, nullptr};
     const Activation activation = activation_of(place, shift[0]);
-    for (long row = 0; row < rows; ++row)
-        kernels().quantize(x + row * columns, columns, kernels().range(x + row * columns, columns), activation, columns,
-                           out, row);
+    for_rows(rows, threads, [&](long row) {
+        const float* numbers = x + row * columns;
+        const Range range = real && !real[row] ? Range{0, 0} : kernels().range(numbers, columns);
+        kernels().quantize(numbers, columns, range, activation, columns, out, row);
+    });
     return kDone;
 } catch (const std::bad_alloc&) {
     return kNoMemory;
@@ -387,6 +389,39 @@ void qb_scale(float* y, int64_t batch, int64_t rows, int64_t columns, const floa
                               line(of_columns[0]), line(of_columns[1]), line(of_columns[2])};
         kernels().scale(factors, columns, y + row * columns);
     });
+}
+
+// y (N, O) of exact products of codes int32 (N, O): scale and offset (N) of the rows, scale (O), sum of codes times scale
+// (O) and bias (O) of the columns. offset with sum, and bias: or null.
+void qb_finish(const int32_t* products, int64_t rows, int64_t columns, const float* scale, const float* offset,
+               const float* column_scale, const float* column_sum, const float* bias, float* y, int threads) {
+    for_rows(rows, threads, [&](long row) {
+        kernels().finish(products + row * columns, columns, scale[row], offset ? offset[row] : 0, column_scale,
+                         column_sum, bias, y + row * columns);
+    });
+}
+
+// by_column and by_row (N, O) bfloat16, and sums over rows (O) of gradient (N, O) itself and times row_offset, which may be
+// null. Rows are summed in blocks of a fixed size: the number of threads does not show.
+int qb_linear_gradient(const float* gradient, int64_t rows, int64_t columns, const float* row_scale,
+                       const float* row_offset, const float* column_scale, uint16_t* by_column, uint16_t* by_row,
+                       float* sum, float* offset_sum, int threads) try {
+    constexpr long kBlock = 64;
+    const long blocks = (rows + kBlock - 1) / kBlock;
+    Buffer<float> sums(2 * blocks * columns);
+    const LinearGradient work{gradient, columns, row_scale, row_offset, column_scale, by_column, by_row};
+    for_rows(blocks, threads, [&](long block) {
+        float* of_block = sums.get() + 2 * block * columns;
+        kernels().linear_gradient(work, block * kBlock, std::min<long>(rows, (block + 1) * kBlock), of_block,
+                                  of_block + columns);
+    });
+    Buffer<double> totals(2 * columns);
+    for (long block = 0; block < blocks; ++block)
+        for (long i = 0; i < 2 * columns; ++i) totals[i] += sums[2 * block * columns + i];
+    for (long i = 0; i < columns; ++i) sum[i] = totals[i], offset_sum[i] = totals[columns + i];
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
 }
 
 // Probabilities and codes (N, I) of scores (N, I), codes after dropout with their scales (N).

@@ -156,6 +156,15 @@ struct Dropout {
     float factor;
 };
 
+// The gradient (N, O) of a linear layer's output, as the products of its backward pass take it.
+struct LinearGradient {
+    const float* gradient;
+    long columns;                         // O
+    const float *row_scale, *row_offset;  // (N) of the input's codes, the second may be null
+    const float* column_scale;            // (O) of the weight's codes
+    uint16_t *by_column, *by_row;         // (N, O) bfloat16, the gradient times column_scale and times row_scale
+};
+
 // What turns a row of a product of codes over `terms` columns into numbers: its scale, its offset and the sum of its
 // codes; the scales (M) of the columns, their offsets or null, and, null if rows have no offset, sums times scale.
 struct Factors {
@@ -163,7 +172,7 @@ struct Factors {
     const float *column_scale, *column_offset, *column_sum;
 };
 
-// One compiled path. Every path gives the same bits, but the sum in a gradient.
+// One compiled path. Every path gives the same bits, but the sums in gradients of softmax and ghost features.
 struct Kernels {
     // Bytes in which a product with such codes keeps the form of x that it multiplies.
     long (*operand)(const Weight&, const Alphabet&);
@@ -183,6 +192,11 @@ struct Kernels {
     void (*ghost_gradient)(const GhostGradient&, long first, long last);  // of channels [first, last)
     void (*dropout)(const float* x, long n, const Dropout&, long row, float* y);
     void (*scale)(const Factors&, long n, float* y);
+    // y (n) = products * (scale * column_scale) + (offset * column_sum + bias): ops.add_products. column_sum, bias: or null.
+    void (*finish)(const int32_t* products, long n, float scale, float offset, const float* column_scale,
+                   const float* column_sum, const float* bias, float* y);
+    // Of rows [first, last), whose gradient, and gradient times row_offset, are added to sum and offset_sum (O).
+    void (*linear_gradient)(const LinearGradient&, long first, long last, float* sum, float* offset_sum);
     void (*softmax_codes)(const float* scores, long n, float levels, const Dropout&, long row, float* probabilities,
                           float* codes, float* scale);
     void (*softmax_gradient)(const float* gradient, const float* probabilities, long n, const Dropout&, long row,

@@ -1,7 +1,8 @@
-// What only training needs, compiled once per path as steps.inl is: dropout, the rest of a product of codes, and softmax
-// with codes and its gradient. What dropout drops follows from the seed and a number's place: not from path or threads.
+// What only training needs, compiled once per path as steps.inl is: dropout, the rest of a product of codes, what a linear
+// layer's gradient becomes, and softmax with codes and its gradient. What dropout drops follows from the seed and a number's place: not from path or threads.
 
 typedef uint32_t uv __attribute__((vector_size(QB_WIDE * 4), aligned(4), may_alias));
+typedef uint16_t sv __attribute__((vector_size(QB_WIDE * 2), aligned(2), may_alias));
 
 struct RowSeed {
     uint32_t first, second;
@@ -39,6 +40,44 @@ QB_INLINE fv load_some(const float* x, long i, long n, float other) {
 QB_INLINE void store_some(float* x, long i, long n, fv value) {
     if (i + kWide <= n) store(x + i, value);
     else __builtin_memcpy(x + i, &value, (n - i) * 4);
+}
+
+// The nearest bfloat16, halves to even, as torch rounds.
+QB_INLINE void store_bfloat16(uint16_t* out, long i, long n, fv value) {
+    const uv bits = (uv)value, even = bits >> 16 & 1;
+    const uv rounded = (bits + 0x7FFFu + even) >> 16, none = uv{} + 0x7FC0u;
+    const sv both = __builtin_convertvector(value == value ? rounded : none, sv);
+    __builtin_memcpy(out + i, &both, (i + kWide <= n ? kWide : n - i) * 2);
+}
+
+QB_TARGET static void finish_row(const int32_t* products, long n, float scale, float offset, const float* column_scale,
+                                 const float* column_sum, const float* bias, float* y) {
+    for (long i = 0; i < n; i += kWide) {
+        iv whole = {};
+        __builtin_memcpy(&whole, products + i, (i + kWide <= n ? kWide : n - i) * 4);
+        fv value = floats(whole) * (splat(scale) * load_some(column_scale, i, n, 0));
+        if (column_sum) {
+            const fv part = splat(offset) * load_some(column_sum, i, n, 0);
+            value += bias ? part + load_some(bias, i, n, 0) : part;
+        } else if (bias) {
+            value += load_some(bias, i, n, 0);
+        }
+        store_some(y, i, n, value);
+    }
+}
+
+QB_TARGET static void linear_gradient(const LinearGradient& g, long first, long last, float* sum, float* offset_sum) {
+    for (long row = first; row < last; ++row) {
+        const long n = g.columns, at = row * n;
+        const fv scale = splat(g.row_scale[row]), offset = splat(g.row_offset ? g.row_offset[row] : 0);
+        for (long i = 0; i < n; i += kWide) {
+            const fv gradient = load_some(g.gradient + at, i, n, 0);
+            store_bfloat16(g.by_column + at, i, n, gradient * load_some(g.column_scale, i, n, 0));
+            store_bfloat16(g.by_row + at, i, n, gradient * scale);
+            store_some(sum, i, n, load_some(sum, i, n, 0) + gradient);
+            if (g.row_offset) store_some(offset_sum, i, n, load_some(offset_sum, i, n, 0) + gradient * offset);
+        }
+    }
 }
 
 QB_TARGET static void dropout_row(const float* x, long n, const Dropout& dropout, long row, float* y) {

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-import modeling_qbert  # noqa: F401  registers the attention that returns scores
+from modeling_qbert import FastDropout  # the package registers the attention that returns scores
 
 from .checkpointing import AtomicCheckpointMixin
 from .losses import (
@@ -128,6 +128,9 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
         if "_original_forward" in vars(teacher):
             teacher.forward = vars(teacher).pop("_original_forward")
         teacher._is_accelerate_prepared = False
+        for name, module in list(teacher.named_modules()) if args.teacher_dropout else ():
+            if type(module) is nn.Dropout:
+                teacher.set_submodule(name, FastDropout(module.p))
         self.teacher = teacher.requires_grad_(False).train(args.teacher_dropout)
         self._teacher_forward = self.accelerator.prepare_model(teacher, evaluation_mode=True)
 

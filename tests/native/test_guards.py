@@ -17,6 +17,7 @@ from tiny import BACKBONE_SIZES, latent  # noqa: E402
 from modeling_qbert import native, ops  # noqa: E402
 from modeling_qbert import native_training as in_training  # noqa: E402
 from modeling_qbert.packing import pack_codes  # noqa: E402
+from modeling_qbert.quantizers import TINY, ActivationQuantizer, Quantized  # noqa: E402
 
 
 pytestmark = pytest.mark.parametrize("front", [False, True], ids=["behind", "before"])
@@ -44,6 +45,7 @@ def fence(front, monkeypatch):
     shim.empty = fence.empty
     shim.empty_like = lambda tensor: fence.empty(*tensor.shape, dtype=tensor.dtype)
     monkeypatch.setattr(native, "torch", shim)
+    monkeypatch.setattr(in_training, "torch", shim)
     return fence
 
 
@@ -59,6 +61,9 @@ def test_quantize(level, fence, columns):  # noqa: ARG001
             place = place._replace(shift=fence(torch.randn(columns)))
         found = native.quantize(fence(x), place)
         assert all(torch.equal(one, two) for one, two in zip(found, native.quantize(x, place)))
+    real = torch.tensor([True, False, True])
+    found = native.quantize(fence(x), native.place_of(ActivationQuantizer(8, False, False)), fence(real))
+    assert found[2][1] == 0.5 * 256 * TINY / 255  # a range of 0
 
 
 @pytest.mark.parametrize("columns", SIZES)
@@ -98,6 +103,13 @@ def test_steps_of_training(level, fence, columns):  # noqa: ARG001
     of_columns = [torch.randn(2, 1, columns) for _ in range(3)]
     found += (in_training.scale_products(fence(x), [*map(fence, of_rows)], [*map(fence, of_columns)], 5, 0.3),)
     expected += (in_training.scale_products(x.clone(), of_rows, of_columns, 5, 0.3),)
+    products = torch.randint(-99, 99, (3, columns), dtype=torch.int32)
+    lines = [torch.rand(3, 1), torch.rand(3, 1)], [torch.rand(1, columns), torch.rand(1, columns), torch.rand(columns)]
+    fenced = Quantized(x, *map(fence, lines[0])), map(fence, lines[1])
+    found += (in_training.finish_products(fence(products), fenced[0], *fenced[1]),)
+    expected += (in_training.finish_products(products, Quantized(x, *lines[0]), *lines[1]),)
+    found += in_training.linear_gradient(fence(gradient[0]), fenced[0], fence(lines[1][0]))
+    expected += in_training.linear_gradient(gradient[0], Quantized(x, *lines[0]), lines[1][0])
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 

@@ -11,8 +11,8 @@ import torch
 from modeling_qbert import ghost, native, ops
 from modeling_qbert import native_training as in_training
 from modeling_qbert.attention import quantized_attention
-from modeling_qbert.layers import _quantize_input
-from modeling_qbert.quantizers import ActivationQuantizer, LsqQuantizer, PactQuantizer, softmax_codes
+from modeling_qbert.layers import quantize_signed
+from modeling_qbert.quantizers import ActivationQuantizer, LsqQuantizer, PactQuantizer, Quantized, softmax_codes
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -59,11 +59,21 @@ def test_codes(level, name, columns):  # noqa: ARG001
     if name == "signs":
         quantizer.shift = torch.nn.Parameter(x[11].clone())
     with torch.no_grad():
-        expected = _quantize_input(x, quantizer, None)[1]
+        expected = quantize_signed(x, quantizer)[1]
     codes, scale, offset = native.quantize(x, native.place_of(quantizer))
     assert torch.equal(codes, expected.codes)
     assert torch.equal(scale, expected.scale.expand(23, 1))
     assert torch.equal(offset, torch.zeros(23, 1) if expected.offset is None else expected.offset.expand(23, 1))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_with_hidden_rows(level, symmetric):  # noqa: ARG001
+    x, real = numbers(23, 47).view(1, 23, 47), torch.rand(1, 23, 1) < 0.6
+    quantizer = ActivationQuantizer(8, symmetric, False)
+    found, expected = ops.quantized_rows(x, quantizer, real), quantizer.quantized(x, real)
+    assert found.codes.dtype == torch.int8 and torch.equal(found.codes.float(), expected.codes[0])
+    assert torch.equal(found.scale, expected.scale[0])
+    assert found.offset is None if symmetric else torch.equal(found.offset, expected.offset[0])
 
 
 @pytest.mark.parametrize("columns", [1, 15, 768])
@@ -248,6 +258,42 @@ def test_scaled_products(level, offsets):  # noqa: ARG001
     expected = expected if None in (a, b) else expected + 32 * a * b
     of_rows, of_columns = (rows, a, None if b is None else sums[0]), (columns, b, None if a is None else sums[1])
     assert torch.equal(in_training.scale_products(y.clone(), of_rows, of_columns, 32, 0.7), expected * 0.7)
+
+
+@pytest.mark.parametrize("columns", [1, 16, 37])
+@pytest.mark.parametrize("offset, bias", itertools.product((True, False), repeat=2))
+@pytest.mark.parametrize("one", [True, False])
+def test_finished_products(level, columns, offset, bias, one):  # noqa: ARG001
+    products = torch.randint(-(2**30), 2**30, (5, columns), dtype=torch.int32)
+    lines = torch.rand(1 if one else 5, 1), torch.randn(1 if one else 5, 1) if offset else None
+    x = Quantized(torch.zeros(0), *lines)
+    scale, sums = torch.rand(1, 1 if one else columns), torch.randn(1, columns) if offset else None
+    bias = torch.randn(columns) if bias else None
+    expected = ops.add_products(bias, [products.float()], x, [scale], sums)
+    assert torch.equal(in_training.finish_products(products, x, scale, sums, bias), expected)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (5, 37), (300, 64)])
+@pytest.mark.parametrize("offset", [True, False])
+def test_gradients_of_linear_layers(level, rows, columns, offset):  # noqa: ARG001
+    gradient = torch.randn(rows, columns) * 10 ** torch.linspace(-40, 3, columns)
+    special = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, float("inf"), -float("inf"), float("nan")])
+    gradient[0] = special.repeat(13)[:columns]
+    x = Quantized(torch.zeros(0), torch.rand(rows, 1), torch.randn(rows, 1) if offset else None)
+    scale, found = torch.rand(1, columns), []
+    x.scale[0], scale[0, 0] = 1.0, 1.0  # halves between two numbers of bfloat16
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(in_training.linear_gradient(gradient, x, scale))
+    torch.set_num_threads(1)
+    same = {"rtol": 0, "atol": 0, "equal_nan": True}
+    for one, three in zip(*found):
+        torch.testing.assert_close(one, three, **same)
+    torch.testing.assert_close(found[0][0], (gradient * scale).bfloat16(), **same)
+    torch.testing.assert_close(found[0][1], (gradient * x.scale).bfloat16(), **same)
+    for sums, factor in zip(found[0][2:], (1.0, x.offset if offset else 0.0)):
+        expected = (gradient.double() * factor).sum(0) if offset or factor else torch.zeros(columns).double()
+        torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-3, equal_nan=True)
 
 
 def test_dropout_is_that_of_every_path_and_random(level):
