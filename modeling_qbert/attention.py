@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from .ops import SoftmaxCodes, learned_softmax_codes, quantized_matmul
+from .ops import SoftmaxCodes, learned_softmax_codes, quantize, quantized_matmul
 from .ops import dropout as fast_dropout
 from .quantizers import LsqQuantizer, Quantized, softmax_codes
 
@@ -72,9 +72,9 @@ def quantized_attention(
         dtype = query.dtype
         query, key, value = query.float(), key.float(), value.float()
         if hasattr(module, "query_quantizer"):
-            query, query_codes = module.query_quantizer.quantize(query, rows_are_real)
-            key, key_codes = module.key_quantizer.quantize(key, rows_are_real)
-            value, value_codes = module.value_quantizer.quantize(value, token_is_real, dims=(-2, -1))
+            query, query_codes = quantize(query, module.query_quantizer, rows_are_real)
+            key, key_codes = quantize(key, module.key_quantizer, rows_are_real)
+            value, value_codes = quantize(value, module.value_quantizer, token_is_real, dims=(-2, -1))
         else:
             if per_tensor:
                 query_codes, key_codes = (quantizer.quantized(x, rows_are_real) for x in (query, key))

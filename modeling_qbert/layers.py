@@ -19,17 +19,16 @@ from .ops import (
     gelu,
     has_fast_int8,
     layer_norm,
+    quantize,
+    quantize_rows,
     quantized_linear,
-    quantized_rows,
     scaled_code_sums,
     traced_linear,
 )
 from .packing import pack_codes, packed_columns, unpack_codes
 from .quantizers import (
     WEIGHT_QUANTIZERS,
-    ActivationQuantizer,
-    LsqQuantizer,
-    PactQuantizer,
+    InputQuantizer,
     Quantized,
     StraightThrough,
     lat_scale,
@@ -38,8 +37,6 @@ from .quantizers import (
 
 
 PLANE_STD = 0.02  # BERT's initializer_range: the start of planes that no checkpoint and no splitting filled
-
-InputQuantizer = ActivationQuantizer | LsqQuantizer | PactQuantizer
 
 
 @dataclass(frozen=True)
@@ -262,17 +259,14 @@ def _quantize_input(x: Tensor, quantizer: InputQuantizer, token_mask: Tensor | N
         if previous is not None and previous() is x and previous_key == key and version is not None:
             return result if result[0] is not None else (x, result[1])
     valid = token_mask.unsqueeze(-1) if token_mask is not None and token_mask.shape == x.shape[:-1] else None
-    carrier, quantized = x, None
-    if isinstance(quantizer, ActivationQuantizer):
-        quantized = quantized_rows(x, quantizer, valid)
-    if quantized is None:
+    found = quantize_rows(x, quantizer, valid)
+    if found is None:
         carrier, (codes, scale, offset) = quantize_signed(x, quantizer, valid)
         with torch.no_grad():
-            quantized = Quantized(
-                codes.to(torch.int8).view(-1, x.shape[-1]),
-                scale.view(-1, 1),
-                None if offset is None else offset.view(-1, 1),
-            )
+            codes = codes.to(torch.int8).view(-1, x.shape[-1])
+            offset = None if offset is None else offset.view(-1, 1)
+            found = carrier, Quantized(codes, scale.view(-1, 1), offset)
+    carrier, quantized = found
     if not compiling:
         _last_input.value = (weakref.ref(x), key, (None if carrier is x else carrier, quantized))
     return carrier, quantized
@@ -280,7 +274,7 @@ def _quantize_input(x: Tensor, quantizer: InputQuantizer, token_mask: Tensor | N
 
 def quantize_signed(x: Tensor, quantizer: InputQuantizer, valid: Tensor | None = None) -> tuple[Tensor, Quantized]:
     """(x for the backward pass, float whole codes of x (..., I) within int8, with scale and offset (..., 1))."""
-    carrier, (codes, scale, offset) = quantizer.quantize(x, valid)
+    carrier, (codes, scale, offset) = quantize(x, quantizer, valid)
     if getattr(quantizer, "most", 0) > 127:  # unsigned 8-bit codes
         with torch.no_grad():
             codes, offset = codes - 128, scale * 128 + (0 if offset is None else offset)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .packing import packed_columns as row_bytes
-from .quantizers import MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer
+from .quantizers import MIN_STEP, InputQuantizer, LsqQuantizer, PactQuantizer
 
 
 VERSION = 11  # of the C interface
@@ -54,6 +54,7 @@ _SIGNATURES = {
     "qb_scale": (None, [c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_float, c_float, c_int]),
     "qb_finish": (None, [c_void_p, c_int64, c_int64, *[c_void_p] * 6, c_int]),
     "qb_linear_gradient": (c_int, [c_void_p, c_int64, c_int64, *[c_void_p] * 7, c_int]),
+    "qb_step_gradient": (c_int, [*[c_void_p] * 3, c_int64, c_int64, *[c_float] * 4, *[c_void_p] * 3, c_int]),
     "qb_softmax_codes": (None, [c_void_p, c_int64, c_int64, c_float, *_DROPOUT, *[c_void_p] * 3, c_int]),
     "qb_softmax_gradient": (None, [c_void_p, c_void_p, c_int64, c_int64, *_DROPOUT, c_void_p, c_int]),
     "qb_encoder_new": (c_void_p, [*[c_int64] * 5, c_int, c_float]),
@@ -173,11 +174,10 @@ class Place(NamedTuple):
     shift: Tensor | None = None  # of signs: float32, what each column is compared with
 
 
-Quantizer = ActivationQuantizer | LsqQuantizer | PactQuantizer
 Parts = tuple[int, int, float, int, int, int, Tensor | None, Tensor | None, Tensor | None]
 
 
-def parts_of_place(quantizer: Quantizer, signed: bool = True) -> Parts:
+def parts_of_place(quantizer: InputQuantizer, signed: bool = True) -> Parts:
     """What `filled_place` takes: numbers that the form of a quantizer gives, then its learned tensors, unread."""
     if isinstance(quantizer, LsqQuantizer):
         if quantizer.signs:
@@ -207,7 +207,7 @@ def filled_place(
     return Place(bits, kind, low, high, size, floor, least, most, less, None if shift is None else shift.detach())
 
 
-def place_of(quantizer: Quantizer, signed: bool = True) -> Place:
+def place_of(quantizer: InputQuantizer, signed: bool = True) -> Place:
     """The engine's form of a quantizer; codes of probabilities stay unsigned (`signed` False)."""
     return filled_place(*parts_of_place(quantizer, signed))
 

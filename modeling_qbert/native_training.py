@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .native import GhostWeights, address_of, check, floats, library
+from .native import GhostWeights, Place, address_of, check, floats, library
 from .quantizers import Quantized
 
 
@@ -104,6 +104,25 @@ def linear_gradient(gradient: Tensor, x: Quantized, scale: Tensor) -> tuple[Tens
     )
     check(status)
     return *products, *sums
+
+
+def step_gradient(gradient: Tensor, x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+    """`LsqQuantizer.gradients` of float32 x (..., C), before the step size's own scale; the last is of signs only."""
+    signs, columns = place.shift is not None, x.shape[-1]
+    of_x, of_step, of_shift = torch.empty_like(x), floats(1), floats(columns if signs else 0)
+    least, most = (-1, 1) if signs else (place.least, place.most)
+    status = library.qb_step_gradient(
+        address_of(gradient, torch.float32, x.shape),
+        address_of(x, torch.float32),
+        address_of(place.shift, torch.float32, (columns,)),
+        x.numel() // columns,
+        columns,
+        *(place.step, place.floor, least, most),
+        *(part.data_ptr() for part in (of_x, of_step, of_shift)),
+        torch.get_num_threads(),
+    )
+    check(status)
+    return of_x, of_step.squeeze(), of_shift
 
 
 def softmax_codes(scores: Tensor, bits: int, dropout: Dropout) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .quantizers import ActivationQuantizer, LsqQuantizer, Quantized, expand_scale, softmax_codes
+from .quantizers import InputQuantizer, LsqQuantizer, PactQuantizer, Quantized, expand_scale, softmax_codes
 
 
 try:
@@ -41,6 +41,7 @@ try:
         linear_gradient,
         scale_products,
         softmax_gradient,
+        step_gradient,
     )
     from .native_training import softmax_codes as native_softmax_codes
 
@@ -50,7 +51,7 @@ except ImportError as _error:  # built without a compiler, or copied as remote c
     place_of = supports = traced_linear = ghost_features = ghost_gradient = None
     MOST_TAPS = 0
     Dropout = drop = native_softmax_codes = scale_products = softmax_gradient = None
-    finish_products = linear_gradient = native_quantize = None
+    finish_products = linear_gradient = step_gradient = native_quantize = None
     WHY_NOT_NATIVE = str(_error)
 
 EXACT_FLOAT32 = 2**24  # whole numbers up to here are exact in float32
@@ -247,15 +248,54 @@ def _is_native(*tensors: Tensor) -> bool:
     )
 
 
-def quantized_rows(x: Tensor, quantizer: ActivationQuantizer, valid: Tensor | None) -> Quantized | None:
-    """`quantizer.quantized` of x (..., I) with int8 codes, one range for each row; None where the engine has no part.
-    valid: (..., 1)."""
-    if quantizer.per_tensor or not x.numel() or not _is_native(x):
+class LearnedStep(torch.autograd.Function):
+    """Identity whose backward is `LsqQuantizer.gradients`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, shift: Tensor | None, quantizer: LsqQuantizer) -> Tensor:
+        ctx.save_for_backward(x, step, shift)  # for the check that none was written to meanwhile
+        ctx.quantizer = quantizer
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        (x, step, shift), quantizer = ctx.saved_tensors, ctx.quantizer
+        if x.numel() and _is_native(grad, x, step):
+            found = step_gradient(grad.contiguous(), x.contiguous(), place_of(quantizer))
+            return found[0], found[1] * quantizer.gradient_scale, None if shift is None else found[2], None
+        return *quantizer.gradients(grad, x), None
+
+
+def straight_through(x: Tensor, quantizer: LsqQuantizer) -> Tensor:
+    """float32 x for the backward pass: gradients of what uses the codes come to x and to the quantizer through it."""
+    x = x.float()
+    if not torch.is_grad_enabled():
+        return x
+    return LearnedStep.apply(x, quantizer.step, quantizer.shift if quantizer.signs else None, quantizer)
+
+
+def quantize(
+    x: Tensor, quantizer: InputQuantizer, valid: Tensor | None = None, dims: tuple[int, ...] = (-1,)
+) -> tuple[Tensor, Quantized]:
+    """(x for the backward pass, quantized x): float whole codes by any quantizer of activations."""
+    if isinstance(quantizer, LsqQuantizer):
+        return straight_through(x, quantizer), quantizer.quantized(x, valid)
+    return quantizer.quantize(x, valid, dims)
+
+
+def quantize_rows(x: Tensor, quantizer: InputQuantizer, valid: Tensor | None) -> tuple[Tensor, Quantized] | None:
+    """As `quantize`, int8 codes (N, I) of x (..., I); None where the engine has no part. valid: (..., 1)."""
+    learned = isinstance(quantizer, LsqQuantizer)
+    fit = quantizer.ready if learned else not isinstance(quantizer, PactQuantizer) and not quantizer.per_tensor
+    if not fit or not x.numel() or not _is_native(x):
         return None
     place = place_of(quantizer)
-    real = None if valid is None else valid.expand(*x.shape[:-1], 1).flatten()
+    real = None if valid is None or learned else valid.expand(*x.shape[:-1], 1).flatten()
     codes, scale, offset = native_quantize(x.detach().contiguous().view(-1, x.shape[-1]), place, real)
-    return Quantized(codes, scale, None if quantizer.symmetric else offset)
+    if learned:
+        offset = offset[:1] if place.less or place.floor else None
+        return straight_through(x, quantizer), Quantized(codes, scale[:1], offset)
+    return x, Quantized(codes, scale, None if quantizer.symmetric else offset)
 
 
 def _product(a: Quantized, b: Quantized, factor: float, training: bool = False) -> Tensor:
@@ -370,7 +410,7 @@ def learned_softmax_codes(
         probabilities = SoftmaxCodes.apply(scores, 8, False, None)[0]
     else:
         probabilities = softmax_codes(scores, 8, False, None)[0]
-    carrier, (codes, scale, _) = quantizer.quantize(probabilities, valid)
+    carrier, (codes, scale, _) = quantize(probabilities, quantizer, valid)
     if p:
         kept = dropout(torch.ones_like(codes), p)
         carrier, codes, scale = carrier * kept, codes * kept.sign(), scale / (1 - p) if p < 1 else scale

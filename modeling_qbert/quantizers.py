@@ -266,7 +266,7 @@ class LsqQuantizer(nn.Module):
             self.shift = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
         self.gradient_scale = 1 / math.sqrt(features * self.most)
         self.step = nn.Parameter(torch.zeros((), dtype=torch.float32))
-        self.calibrating, self._ready = False, False
+        self.calibrating, self.ready = False, False
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, valid: Tensor | None) -> None:
@@ -276,72 +276,61 @@ class LsqQuantizer(nn.Module):
         factor = 2 if self.low is None else 4
         self.step.copy_((factor * mean / math.sqrt(self.most)).clamp_min(MIN_STEP))
 
-    def quantize(
-        self,
-        x: Tensor,
-        valid: Tensor | None = None,
-        dims: tuple[int, ...] = (-1,),  # noqa: ARG002 (one step size, whatever the dims)
-    ) -> tuple[Tensor, Quantized]:
-        """(x for the backward pass, quantized x); codes come as float whole numbers, from 0 where there is `low`."""
+    @torch.no_grad()
+    def quantized(self, x: Tensor, valid: Tensor | None = None) -> Quantized:
+        """Float whole codes, from 0 where there is `low`; the positions that `valid` marks calibrate."""
         x = x.float()
         if self.signs:
             x = x - self.shift
-        if not self._ready and not torch.compiler.is_compiling():
+        if not self.ready and not torch.compiler.is_compiling():
             self._prepare(x, valid)
         step = self.step.detach().clamp_min(MIN_STEP)
-        with torch.no_grad():
-            if self.signs:
-                codes = torch.where(x >= 0, 1.0, -1.0)
-            else:
-                shifted = x if self.low is None else x - self.low
-                codes = (shifted / step).round_().clamp_(self.least, self.most)
+        if self.signs:
+            codes = torch.where(x >= 0, 1.0, -1.0)
+        else:
+            shifted = x if self.low is None else x - self.low
+            codes = (shifted / step).round_().clamp_(self.least, self.most)
         shape = (1,) * x.dim()
         offset = None if not self.low else torch.full(shape, self.low, dtype=x.dtype, device=x.device)
-        carrier = _LearnedStep.apply(x, self.step, self) if torch.is_grad_enabled() else x
-        return carrier, Quantized(codes, step.view(shape), offset)
+        return Quantized(codes, step.view(shape), offset)
+
+    def gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of x (LSQ eq. 3: its own inside the range), the step size (eq. 5) and, where there is one, the
+        shift (C,), given that of the quantized x (..., C)."""
+        if self.signs:
+            x = x - self.shift.detach()
+        elif self.low is not None:
+            x = x - self.low
+        level = x / self.step.detach().clamp_min(MIN_STEP)
+        inside = (level >= self.least) & (level <= self.most)
+        if self.signs:  # step * sign(x)
+            slope = torch.where(x >= 0, 1.0, -1.0)
+        else:
+            slope = level.round().clamp_(self.least, self.most) - level * inside
+        of_x = grad * inside
+        of_shift = -of_x.float().flatten(0, -2).sum(0) if self.signs else None
+        return of_x, (grad.float() * slope).sum() * self.gradient_scale, of_shift
 
     def _prepare(self, x: Tensor, valid: Tensor | None) -> None:
         if self.calibrating and not bool(self.step > 0):
             self.calibrate(x, valid)
         if not bool(self.step != 0):
             raise ValueError("activation step sizes have no value yet: call model.calibrate(**batch) before training")
-        self._ready = True
+        self.ready = True
 
     def reset(self) -> None:
         """Forget the step size and the shift."""
         self.step.data.zero_()
         if self.signs:
             self.shift.data.zero_()
-        self._ready = False
+        self.ready = False
 
     def _apply(self, fn, recurse=True):
-        self._ready = False
+        self.ready = False
         return _apply_keeping_float32(self, fn, recurse)
 
     def extra_repr(self) -> str:
         return f"codes {self.least}..{self.most}, low={self.low}"
-
-
-class _LearnedStep(torch.autograd.Function):
-    """Identity whose backward is that of LSQ (eq. 3 and 5): x gets the gradient inside the range, step its own."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, step: Tensor, quantizer: LsqQuantizer) -> Tensor:
-        ctx.save_for_backward(x, step)
-        ctx.quantizer = quantizer
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, step = ctx.saved_tensors
-        quantizer = ctx.quantizer
-        level = (x if quantizer.low is None else x - quantizer.low) / step.clamp_min(MIN_STEP)
-        inside = (level >= quantizer.least) & (level <= quantizer.most)
-        if quantizer.signs:  # step * sign(x)
-            slope = torch.where(x >= 0, 1.0, -1.0)
-        else:
-            slope = level.round().clamp_(quantizer.least, quantizer.most) - level * inside
-        return grad * inside, (grad.float() * slope).sum() * quantizer.gradient_scale, None
 
 
 class PactQuantizer(nn.Module):
@@ -372,6 +361,9 @@ class PactQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.dynamic)
+
+
+InputQuantizer = ActivationQuantizer | LsqQuantizer | PactQuantizer  # any of activations
 
 
 def _apply_keeping_float32(module: nn.Module, fn, recurse: bool) -> nn.Module:

@@ -193,6 +193,8 @@ void for_rows(long rows, int threads, const Body& body) {
     for_pieces(rows, threads, [&](long row, int) { body(row); });
 }
 
+constexpr long kBlock = 64;  // rows that are summed together, whatever the number of threads
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -402,11 +404,10 @@ void qb_finish(const int32_t* products, int64_t rows, int64_t columns, const flo
 }
 
 // by_column and by_row (N, O) bfloat16, and sums over rows (O) of gradient (N, O) itself and times row_offset, which may be
-// null. Rows are summed in blocks of a fixed size: the number of threads does not show.
+// null.
 int qb_linear_gradient(const float* gradient, int64_t rows, int64_t columns, const float* row_scale,
                        const float* row_offset, const float* column_scale, uint16_t* by_column, uint16_t* by_row,
                        float* sum, float* offset_sum, int threads) try {
-    constexpr long kBlock = 64;
     const long blocks = (rows + kBlock - 1) / kBlock;
     Buffer<float> sums(2 * blocks * columns);
     const LinearGradient work{gradient, columns, row_scale, row_offset, column_scale, by_column, by_row};
@@ -419,6 +420,31 @@ int qb_linear_gradient(const float* gradient, int64_t rows, int64_t columns, con
     for (long block = 0; block < blocks; ++block)
         for (long i = 0; i < 2 * columns; ++i) totals[i] += sums[2 * block * columns + i];
     for (long i = 0; i < columns; ++i) sum[i] = totals[i], offset_sum[i] = totals[columns + i];
+    return kDone;
+} catch (const std::bad_alloc&) {
+    return kNoMemory;
+}
+
+// Gradients of x (N, C), of the step and, unless shift (C) is null, of the shift, given that of x's quantized form.
+int qb_step_gradient(const float* gradient, const float* x, const float* shift, int64_t rows, int64_t columns, float step,
+                     float floor, float least, float most, float* of_x, float* of_step, float* of_shift,
+                     int threads) try {
+    const long blocks = (rows + kBlock - 1) / kBlock, width = shift ? columns : 0;
+    Buffer<double> steps(blocks);
+    Buffer<float> shifts(blocks * width);
+    const StepGradient work{gradient, x, shift, columns, step, floor, least, most, of_x};
+    for_rows(blocks, threads, [&](long block) {
+        steps[block] = kernels().step_gradient(work, block * kBlock, std::min<long>(rows, (block + 1) * kBlock),
+                                               shifts.get() + block * width);
+    });
+    double total = 0;
+    Buffer<double> totals(width);
+    for (long block = 0; block < blocks; ++block) {
+        total += steps[block];
+        for (long i = 0; i < width; ++i) totals[i] += shifts[block * width + i];
+    }
+    *of_step = total;
+    for (long i = 0; i < width; ++i) of_shift[i] = totals[i];
     return kDone;
 } catch (const std::bad_alloc&) {
     return kNoMemory;

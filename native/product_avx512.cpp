@@ -327,7 +327,8 @@ QB_TARGET void panel_product(const uint8_t* panel, long vector_bytes, long vecto
 
 const Kernels kAvx512Kernels = {operand_avx512, sums_avx512, linear_avx512, quantize_row,   range_row,     gelu_row,
                                 relu_row,    layer_norm_row, attention_head, ghost_row,
-                                ghost_gradient, dropout_row, scale_row, finish_row, linear_gradient, softmax_codes_row, softmax_gradient_row};
+                                ghost_gradient, dropout_row, scale_row, finish_row, linear_gradient, step_gradient,
+                              softmax_codes_row, softmax_gradient_row};
 
 }  // namespace qbert
 

@@ -50,6 +50,7 @@ long attention_scratch(long tokens, long size) {
 
 const Kernels kScalarKernels = {operand_blocks, sums_blocks, linear_blocks, quantize_row,   range_row,     gelu_row,
                                 relu_row,    layer_norm_row, attention_head, ghost_row,
-                                ghost_gradient, dropout_row, scale_row, finish_row, linear_gradient, softmax_codes_row, softmax_gradient_row};
+                                ghost_gradient, dropout_row, scale_row, finish_row, linear_gradient, step_gradient,
+                              softmax_codes_row, softmax_gradient_row};
 
 }  // namespace qbert

@@ -38,4 +38,5 @@ QB_INLINE void multiply(const uint8_t* codes, const uint8_t* x, long depth, long
 
 const Kernels kKernels = {operand_blocks, sums_blocks, linear_blocks, quantize_row,   range_row,     gelu_row,
                           relu_row,       layer_norm_row, attention_head, ghost_row,
-                          ghost_gradient, dropout_row, scale_row, finish_row, linear_gradient, softmax_codes_row, softmax_gradient_row};
+                          ghost_gradient, dropout_row, scale_row, finish_row, linear_gradient, step_gradient,
+                              softmax_codes_row, softmax_gradient_row};

@@ -165,6 +165,15 @@ struct LinearGradient {
     uint16_t *by_column, *by_row;         // (N, O) bfloat16, the gradient times column_scale and times row_scale
 };
 
+// The gradient (N, C) of what a learned step made of x (N, C): codes (x - floor) / step in [least, most], or of x - shift
+// the signs.
+struct StepGradient {
+    const float *gradient, *x, *shift;  // (C), or null: no signs
+    long columns;
+    float step, floor, least, most;
+    float* of_x;
+};
+
 // What turns a row of a product of codes over `terms` columns into numbers: its scale, its offset and the sum of its
 // codes; the scales (M) of the columns, their offsets or null, and, null if rows have no offset, sums times scale.
 struct Factors {
@@ -197,6 +206,8 @@ struct Kernels {
                    const float* column_sum, const float* bias, float* y);
     // Of rows [first, last), whose gradient, and gradient times row_offset, are added to sum and offset_sum (O).
     void (*linear_gradient)(const LinearGradient&, long first, long last, float* sum, float* offset_sum);
+    // Of rows [first, last): of_x; returns the step's, and of_shift (C) of signs is added to.
+    double (*step_gradient)(const StepGradient&, long first, long last, float* of_shift);
     void (*softmax_codes)(const float* scores, long n, float levels, const Dropout&, long row, float* probabilities,
                           float* codes, float* scale);
     void (*softmax_gradient)(const float* gradient, const float* probabilities, long n, const Dropout&, long row,

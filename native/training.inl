@@ -80,6 +80,38 @@ QB_TARGET static void linear_gradient(const LinearGradient& g, long first, long 
     }
 }
 
+// quantizers.LsqQuantizer.gradients. What is no number stays none: it is multiplied, not chosen.
+template <bool SIGNS>
+QB_INLINE double step_gradient_of(const StepGradient& g, long first, long last, float* of_shift) {
+    const fv one = splat(1), zero = {}, least = splat(g.least), most = splat(g.most), magic = splat(kMagic);
+    double total = 0;
+    for (long row = first; row < last; ++row) {
+        const long n = g.columns, at = row * n;
+        fv sum = {};
+        for (long i = 0; i < n; i += kWide) {
+            const fv gradient = load_some(g.gradient + at, i, n, 0);
+            const fv x = load_some(g.x + at, i, n, 0) - (SIGNS ? load_some(g.shift, i, n, 0) : splat(g.floor));
+            const fv level = x / splat(g.step);
+            fv inside = level >= least ? one : zero;
+            inside = level <= most ? inside : zero;
+            const fv of_x = gradient * inside;
+            if (SIGNS) {
+                sum += gradient * (x >= zero ? one : -one);
+                store_some(of_shift, i, n, load_some(of_shift, i, n, 0) - of_x);
+            } else {
+                sum += gradient * (held(level, least, most) + magic - magic - level * inside);
+            }
+            store_some(g.of_x + at, i, n, of_x);
+        }
+        for (int lane = 0; lane < kWide; ++lane) total += sum[lane];
+    }
+    return total;
+}
+
+QB_TARGET static double step_gradient(const StepGradient& g, long first, long last, float* of_shift) {
+    return g.shift ? step_gradient_of<true>(g, first, last, of_shift) : step_gradient_of<false>(g, first, last, of_shift);
+}
+
 QB_TARGET static void dropout_row(const float* x, long n, const Dropout& dropout, long row, float* y) {
     const RowSeed seed = seed_of(dropout, row);
     for (long i = 0; i < n; i += kWide) store_some(y, i, n, load_some(x, i, n, 0) * kept(dropout, seed, i));

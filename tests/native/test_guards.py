@@ -110,6 +110,12 @@ def test_steps_of_training(level, fence, columns):  # noqa: ARG001
     expected += (in_training.finish_products(products, Quantized(x, *lines[0]), *lines[1]),)
     found += in_training.linear_gradient(fence(gradient[0]), fenced[0], fence(lines[1][0]))
     expected += in_training.linear_gradient(gradient[0], Quantized(x, *lines[0]), lines[1][0])
+    shift = torch.randn(columns)
+    for name in ("signs", "lsq 4 above"):
+        place = native.place_of(QUANTIZERS[name])._replace(shift=shift if name == "signs" else None)
+        expected += in_training.step_gradient(gradient[0], x[0], place)
+        place = place._replace(shift=fence(shift) if name == "signs" else None)
+        found += in_training.step_gradient(fence(gradient[0]), fence(x[0]), place)
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 

@@ -11,7 +11,7 @@ import torch
 from modeling_qbert import ghost, native, ops
 from modeling_qbert import native_training as in_training
 from modeling_qbert.attention import quantized_attention
-from modeling_qbert.layers import quantize_signed
+from modeling_qbert.layers import _quantize_input, quantize_signed
 from modeling_qbert.quantizers import ActivationQuantizer, LsqQuantizer, PactQuantizer, Quantized, softmax_codes
 
 
@@ -70,7 +70,7 @@ def test_codes(level, name, columns):  # noqa: ARG001
 def test_codes_with_hidden_rows(level, symmetric):  # noqa: ARG001
     x, real = numbers(23, 47).view(1, 23, 47), torch.rand(1, 23, 1) < 0.6
     quantizer = ActivationQuantizer(8, symmetric, False)
-    found, expected = ops.quantized_rows(x, quantizer, real), quantizer.quantized(x, real)
+    found, expected = ops.quantize_rows(x, quantizer, real)[1], quantizer.quantized(x, real)
     assert found.codes.dtype == torch.int8 and torch.equal(found.codes.float(), expected.codes[0])
     assert torch.equal(found.scale, expected.scale[0])
     assert found.offset is None if symmetric else torch.equal(found.offset, expected.offset[0])
@@ -294,6 +294,53 @@ def test_gradients_of_linear_layers(level, rows, columns, offset):  # noqa: ARG0
     for sums, factor in zip(found[0][2:], (1.0, x.offset if offset else 0.0)):
         expected = (gradient.double() * factor).sum(0) if offset or factor else torch.zeros(columns).double()
         torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-3, equal_nan=True)
+
+
+LEARNED = [name for name, quantizer in QUANTIZERS.items() if isinstance(quantizer, LsqQuantizer)]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("shape", [(3, 1), (23, 47), (2, 3, 70, 16)])
+def test_gradients_of_learned_steps(level, name, shape):  # noqa: ARG001
+    x, quantizer = torch.randn(shape), QUANTIZERS[name]
+    if name == "signs":
+        quantizer.shift = torch.nn.Parameter(torch.randn(shape[-1]))
+    x[0], gradient, found = 1e4, torch.randn(shape), []
+    expected = quantizer.gradients(gradient.double(), x.double())
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(in_training.step_gradient(gradient, x, native.place_of(quantizer)))
+    torch.set_num_threads(1)
+    assert all(torch.equal(*pair) for pair in zip(*found))
+    of_x, of_step, of_shift = found[0]
+    assert torch.equal(of_x, quantizer.gradients(gradient, x)[0])
+    torch.testing.assert_close(of_step * quantizer.gradient_scale, expected[1].float(), rtol=1e-4, atol=1e-4)
+    if name == "signs":
+        torch.testing.assert_close(of_shift, expected[2].float(), rtol=1e-4, atol=1e-4)
+    if name != "signs":  # as torch: a number below 0 or not
+        x.view(-1)[0] = float("nan")
+        assert in_training.step_gradient(gradient, x, native.place_of(quantizer))[1].isnan()
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_rows_are_those_of_torch(level, name, monkeypatch):  # noqa: ARG001
+    quantizer, found = QUANTIZERS[name], []
+    quantizer.ready = True
+    if name == "signs":
+        quantizer.shift = torch.nn.Parameter(torch.randn(47))
+    given = numbers(23, 47)
+    for engine in (True, False):
+        x = given.clone().requires_grad_()
+        if not engine:
+            monkeypatch.setattr(ops, "drop", None)
+            assert ops.quantize_rows(x, quantizer, None) is None
+        carrier, quantized = _quantize_input(x, quantizer, None)
+        quantizer.zero_grad()
+        carrier.sum().backward()
+        found.append((*quantized, x.grad, quantizer.step.grad))
+    for one, two in zip(*[parts[:-1] for parts in found]):
+        assert (one is None and two is None) or torch.equal(one, two)
+    torch.testing.assert_close(found[0][-1], found[1][-1], rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_is_that_of_every_path_and_random(level):
