@@ -40,7 +40,7 @@ from .lora import refuse_adapters
 from .memory import own_memory
 from .ops import dequantize_weight
 from .packing import PACKINGS
-from .quantizers import ACTIVATION_FLOORS, ActivationQuantizer, LsqQuantizer, PactQuantizer, scale_shape
+from .quantizers import ACTIVATION_FLOORS, MIN_STEP, ActivationQuantizer, LsqQuantizer, PactQuantizer, scale_shape
 
 
 # Modules all of whose linear layers are quantized, and modules that do the pooler's work: a dense layer and its
@@ -391,6 +391,13 @@ class LowBitMixin:
             hook.remove()
             share_token_mask(self.base_model, (), {})
             self.train(training)
+
+    @torch.no_grad()
+    def hold_steps(self) -> None:
+        """Bring learned step sizes that an update carried to 0 or below back to the least that is computed with."""
+        for module in self.modules():
+            if isinstance(module, LsqQuantizer) and module.ready:
+                module.step.clamp_(min=MIN_STEP)
 
     @torch.no_grad()
     def pack(self, packing: str = "2bit") -> PreTrainedModel:

@@ -48,6 +48,8 @@ class DistillationArguments(TrainingArguments):
         scale_refresh_steps: optimizer steps between two `update_scales` of a student with weight quantizer "lat".
         quantizer_learning_rate: learning rate of learned step sizes and clips, which have no weight decay; default
             that of the weights. BinaryBERT's code: 1e-4 on GLUE, 1e-3 on SQuAD.
+        step_learning_rate: learning rate of each learned step size in units of its first value, instead of the one
+            above: they differ by factors of a thousand, and Adam moves all by as much.
         ghost_learning_rate: learning rate of ghost features, without weight decay; default that of the weights.
     """
 
@@ -60,6 +62,7 @@ class DistillationArguments(TrainingArguments):
     teacher_dropout: bool = field(default=False, metadata={"help": "Keep the teacher's dropout active."})
     scale_refresh_steps: int = field(default=1, metadata={"help": "Steps between updates of loss-aware scales."})
     quantizer_learning_rate: float | None = field(default=None, metadata={"help": "Rate of step sizes and clips."})
+    step_learning_rate: float | None = field(default=None, metadata={"help": "Relative rate of step sizes."})
     ghost_learning_rate: float | None = field(default=None, metadata={"help": "Rate of ghost features."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log non-finite losses as they are."})
 
@@ -139,6 +142,8 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
         self._own_attention = model.config._attn_implementation
         if getattr(model.config, "weight_quantizer", None) == "lat":
             self.add_callback(_ScaleRefresh(self))
+        if hasattr(model, "hold_steps"):
+            self.add_callback(_HoldSteps(model))
 
     def create_optimizer(self, *args: Any, **kwargs: Any):
         """As `Trainer.create_optimizer`; learned step sizes and clips, and ghost features, get groups of their own."""
@@ -153,6 +158,12 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
             if own:
                 rate = rate or self.args.learning_rate
                 optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+        if created and self.args.step_learning_rate is not None:
+            for step in (p for name, p in self.model.named_parameters() if name.endswith("_quantizer.step")):
+                for group in optimizer.param_groups:
+                    group["params"] = [p for p in group["params"] if p is not step]
+                rate = self.args.step_learning_rate * step.item()
+                optimizer.add_param_group({"params": [step], "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     def _calibrate(self) -> None:
@@ -316,6 +327,14 @@ class _ScaleRefresh(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
         if state.global_step % args.scale_refresh_steps == 0:
             self.trainer.refresh_scales()
+
+
+class _HoldSteps(TrainerCallback):
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def on_optimizer_step(self, args, state, control, **kwargs):  # noqa: ARG002
+        self.model.hold_steps()
 
 
 @contextmanager

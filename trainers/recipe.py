@@ -30,6 +30,8 @@ _GAINED = (
     *("schedule", "total_steps", "doc_stride", "max_query_length", "null_threshold", "augmented", "start"),
     "embeddings",
     "labels",
+    "split_multiply_adds",
+    "step_learning_rate",
 )
 RUNNER_FIELDS = ("output_dir", "seed")  # TrainingArguments fields the runner sets itself
 
@@ -181,8 +183,9 @@ class Stage:
     worst) choice of adaptive splitting would split within a file of that size; a later stage splits just these.
     `split_multiply_adds` instead bounds the millions of multiply-adds that this adds to a sentence of 128 tokens.
     `learning_rate_ratio` multiplies the learning rate; `quantizer_learning_rate` is that of learned step sizes and
-    clips. `augmented` trains on the rows of `data.augmented` instead of the training split. `training` takes any field
-    of `transformers.TrainingArguments` but output_dir and seed.
+    clips, `step_learning_rate` instead that of step sizes in units of their first values. `augmented` trains on the
+    rows of `data.augmented` instead of the training split. `training` takes any field of
+    `transformers.TrainingArguments` but output_dir and seed.
     """
 
     name: str = "distil"
@@ -204,12 +207,13 @@ class Stage:
     split_selection: Literal["gain", "random", "smallest_gain"] = "gain"
     learning_rate_ratio: float = 1.0
     quantizer_learning_rate: float | None = None
+    step_learning_rate: float | None = None
     augmented: bool = False
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         _check_folder_name(self.name)
-        for key in ("learning_rate_ratio", "quantizer_learning_rate"):
+        for key in ("learning_rate_ratio", "quantizer_learning_rate", "step_learning_rate"):
             rate = getattr(self, key)
             require(rate is None or (math.isfinite(rate) and rate > 0), key, "a finite number above 0", rate)
         if self.init in ("pruned", "subnetwork"):

@@ -252,6 +252,7 @@ class _Run:
             temperature=stage.temperature,
             teacher_dropout=stage.teacher_dropout,
             quantizer_learning_rate=stage.quantizer_learning_rate,
+            step_learning_rate=stage.step_learning_rate,
             ghost_learning_rate=stage.ghost.learning_rate,
             **training,
         )

@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+import modeling_qbert
 from trainers.distillation import DistillationArguments, DistillationTrainer
 
 
@@ -435,19 +436,17 @@ def test_teacher_prepared_by_an_earlier_trainer_loses_its_precision(tmp_path):
     assert seen == [torch.float32]
 
 
-def make_ternary(seed=1, **config):
-    modeling = pytest.importorskip("modeling_qbert")
-    if not hasattr(modeling, "TernaryBertForSequenceClassification"):
-        pytest.skip("modeling_qbert has no TernaryBert yet")
+def make_student(seed=1, family="Ternary", **config):
     base = make_model(seed)
-    student = modeling.TernaryBertForSequenceClassification(modeling.TernaryBertConfig(**SHAPE, **config))
+    model_class = getattr(modeling_qbert, f"{family}BertForSequenceClassification")
+    student = model_class(model_class.config_class(**SHAPE, **config))
     student.load_state_dict(base.state_dict(), strict=False)
     return student
 
 
 @pytest.mark.parametrize("weight_quantizer", ["twn", "lat"])
 def test_ternary_student_learns_from_a_plain_teacher(tmp_path, weight_quantizer):
-    student = make_ternary(weight_quantizer=weight_quantizer)
+    student = make_student(weight_quantizer=weight_quantizer)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     trainer = make_trainer(tmp_path, student, make_model(1), max_steps=31, learning_rate=2e-3)
     trainer.train()
@@ -456,9 +455,42 @@ def test_ternary_student_learns_from_a_plain_teacher(tmp_path, weight_quantizer)
     assert not [name for name, p in student.named_parameters() if torch.equal(p, before[name])]
 
 
+def steps_of(model):
+    return {name: p for name, p in model.named_parameters() if name.endswith("_quantizer.step")}
+
+
+def test_step_sizes_learn_at_rates_in_their_own_units(tmp_path):
+    first = {}
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):  # noqa: ARG002
+            first.update({name: float(step) for name, step in steps_of(model).items()})
+
+    student = make_student(bits="1-1-1", activation_quantizer="lsq", hidden_act="relu", family="Binary")
+    rates = {"learning_rate": 1e-3, "quantizer_learning_rate": 0.05, "step_learning_rate": 0.5}
+    trainer = make_trainer(tmp_path, student, make_model(), callbacks=[Begin()], max_steps=1, **rates)
+    trainer.train()
+    groups = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert len(groups) == sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert len(first) > 10 and len(set(first.values())) > 5
+    for name, parameter in student.named_parameters():
+        expected = 0.5 * first[name] if name in first else 0.05 if name.endswith("_quantizer.shift") else 1e-3
+        assert groups[id(parameter)]["initial_lr"] == pytest.approx(expected), name
+
+
+@pytest.mark.parametrize("rates", [{"step_learning_rate": 10.0}, {"quantizer_learning_rate": 10.0}])
+def test_step_sizes_stay_above_zero(tmp_path, rates):
+    student = make_student(bits="2-2-4", activation_quantizer="lsq", hidden_act="relu")
+    trainer = make_trainer(tmp_path, student, make_model(), max_steps=4, **rates)
+    trainer.train()
+    steps = [float(step) for step in steps_of(student).values()]
+    assert min(steps) == pytest.approx(1e-5) and max(steps) > 1e-3  # some were carried below
+    assert student.pack().is_packed
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_loss_aware_scales_get_second_moments(tmp_path, every):
-    student = make_ternary(weight_quantizer="lat")
+    student = make_student(weight_quantizer="lat")
     trainer = make_trainer(tmp_path, student, make_model(1), max_steps=6, scale_refresh_steps=every)
     calls = []
     update = student.update_scales
