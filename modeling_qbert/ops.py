@@ -185,6 +185,7 @@ class _LinearCodes(torch.autograd.Function):
             return linear_codes(activation, weight, bias, bound, group_size, planes=planes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x_codes, x_scale, x_offset, codes, scale = ctx.saved_tensors
         dtype = ctx.backward_dtype
@@ -258,6 +259,7 @@ class LearnedStep(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         (x, step, shift), quantizer = ctx.saved_tensors, ctx.quantizer
         if x.numel() and _is_native(grad, x, step):
@@ -436,7 +438,7 @@ def _seed() -> int:
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zeros for a share p of x, the rest divided by 1 - p; torch's CPU kernel would draw number by number."""
-    wide = x.float() if x.device.type == "cpu" else x  # of autocast
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     if 0 < p < 1 and x.numel() and _is_native(wide):
         return _Dropped.apply(wide, p).to(x.dtype)
     return F.dropout(x, p)
