@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from test_run import WORDS, make_backbone
@@ -94,9 +95,12 @@ def test_the_packed_model_is_one_of_sentence_transformers(finished, tmp_path):
     model = SentenceTransformer(str(output / "packed"), device="cpu")
     assert model[0].auto_model.is_packed
     first, second = (model.encode([row[key] for row in rows]) for key in ("sentence1", "sentence2"))
+    vectors = load_file(output / "packed-logits.safetensors")[results["split"]]
+    np.testing.assert_allclose(np.concatenate((first, second)), vectors, rtol=0, atol=1e-5)
     cosines = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
     found = spearmanr(cosines, [row["label"] for row in rows]).statistic
-    assert found == pytest.approx(results["packed"]["metrics"]["spearmanr"], abs=1e-3)
+    # Pairs of equal sentences have cosines of 1, whose last digit decides their ranks.
+    assert found == pytest.approx(results["packed"]["metrics"]["spearmanr"], abs=1e-2)
     model.save_pretrained(str(tmp_path / "saved"))
     again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert np.array_equal(again.encode([row["sentence1"] for row in rows]), first)
