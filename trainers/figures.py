@@ -215,9 +215,11 @@ def _label_points(axis: Any, points: Sequence[tuple[str, float, float, str, str]
         end = begin + letter * len(name)
         around = [low for low_begin, low_end, low in taken if begin < low_end and low_begin < end]
         free = [at, *(low + sign * height for low in around for sign in (1, -1))]
+        inside = [low for low in free if low == at or 0 <= low <= 1 - height]
         low = min(
-            (low for low in free if all(abs(low - other) > 0.999 * height for other in around)),
+            (low for low in inside if all(abs(low - other) > 0.999 * height for other in around)),
             key=lambda low: abs(low - at),
+            default=at,  # more names than fit above each other
         )
         taken.append((begin, end, low))
         arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.4), "shrinkA": 0}

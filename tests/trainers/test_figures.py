@@ -99,7 +99,8 @@ def test_a_teacher_is_a_mean_of_its_own_and_needs_the_tasks_too(monkeypatch):
     assert "teacher c" not in points
 
 
-def test_names_of_near_points_do_not_stand_on_each_other():
+@pytest.mark.parametrize("lowest", (80.1, 20), ids=("over-all", "at-the-top"))
+def test_names_of_near_points_do_not_stand_on_each_other(lowest):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.text import Text
@@ -108,7 +109,7 @@ def test_names_of_near_points_do_not_stand_on_each_other():
     renderer = FigureCanvasAgg(figure).get_renderer()
     axis = figure.subplots()
     points = [(f"progressive-w{index}a8", 3.3, 80 + 0.05 * index, "C0", "o") for index in range(12)]
-    points += [("far", 90, 80.1, "black", "D"), ("beside", 3.7, 80.2, "C1", "o")]
+    points += [("far", 90, lowest, "black", "D"), ("beside", 3.7, 80.2, "C1", "o")]
     for _, size, score, colour, marker in points:
         axis.plot([size], [score], marker, color=colour)
     axis.set_xscale("log")
@@ -119,6 +120,7 @@ def test_names_of_near_points_do_not_stand_on_each_other():
     assert len(boxes) == 14
     for name, box in boxes.items():
         assert [other for other, its in boxes.items() if box.overlaps(its)] == [name]
+        assert axis.bbox.y0 - 1 <= box.y0 and box.y1 <= axis.bbox.y1 + 1
 
 
 def test_work_is_drawn_and_widths_are_joined(monkeypatch):
