@@ -214,10 +214,10 @@ def _label_points(axis: Any, points: Sequence[tuple[str, float, float, str, str]
         begin, at = (math.log(x) - left) / (right - left) + 0.015, (y - bottom) / (top - bottom) - height / 3
         end = begin + letter * len(name)
         around = [low for low_begin, low_end, low in taken if begin < low_end and low_begin < end]
-        free = [at, *(low + sign * height for low in around for sign in (1, -1))]
-        inside = [low for low in free if low == at or 0 <= low <= 1 - height]
+        spots = (low + sign * height for low in around for sign in (1, -1))
+        free = [at, *(spot for spot in spots if 0 <= spot <= 1 - height)]
         low = min(
-            (low for low in inside if all(abs(low - other) > 0.999 * height for other in around)),
+            (low for low in free if all(abs(low - other) > 0.999 * height for other in around)),
             key=lambda low: abs(low - at),
             default=at,  # more names than fit above each other
         )
