@@ -1,18 +1,14 @@
 """Attention with quantized Q, K, probabilities and V, for every backbone, through Transformers' attention interface.
 
-Registered names: `qbert` returns attention probabilities, `qbert_scores` returns the pre-softmax scores, which
-distillation compares (TernaryBERT section 3.2). Both quantize when the module's config says so and are plain eager
-attention otherwise, so a full-precision teacher gives its scores through the same function.
+`integration` registers it under two names: `qbert` returns attention probabilities, `qbert_scores` the pre-softmax
+scores, which distillation compares (TernaryBERT section 3.2). Both quantize when the module's config says so and are
+plain eager attention otherwise, so a full-precision teacher gives its scores through the same function.
 
 Shapes: B batch, H heads, T tokens, D head dim.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 from .ops import SoftmaxCodes, learned_softmax_codes, quantize, quantized_matmul
 from .ops import dropout as fast_dropout
@@ -98,14 +94,3 @@ def quantized_attention(
             carrier = probabilities
         context = quantized_matmul(carrier, value, Quantized(codes, scale), value_codes).to(dtype)
     return context.transpose(1, 2).contiguous(), scores if return_scores else probabilities
-
-
-def _attention(module: nn.Module, *args, **kwargs) -> tuple[Tensor, Tensor]:
-    """The module's own function: checkpoints may bring copies of this code, each with quantizer classes of its own."""
-    return getattr(module, "quantized_attention", quantized_attention)(module, *args, **kwargs)
-
-
-AttentionInterface.register("qbert", _attention)
-AttentionInterface.register("qbert_scores", partial(_attention, return_scores=True))
-for _name in ("qbert", "qbert_scores"):  # without its mask function padding would silently be attended to
-    AttentionMaskInterface.register(_name, eager_mask)

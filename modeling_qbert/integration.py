@@ -1,11 +1,14 @@
-"""Where the zoo meets Transformers: the `qbert` quantizer, strict loading, and the Auto registries."""
+"""Where the zoo meets Transformers: the `qbert` quantizer, strict loading, and the Auto and attention registries."""
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
@@ -14,11 +17,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.masking_utils import eager_mask
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .attention import quantized_attention
 from .checkpoint import (
     QUANTIZER_STATE,
     WEIGHTS_FILE,
@@ -247,3 +252,18 @@ def register_quantizer() -> None:
 
 
 register_quantizer()
+
+
+def _attention(module: nn.Module, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The module's own function: checkpoints may bring copies of this code, each with quantizer classes of its own."""
+    return getattr(module, "quantized_attention", quantized_attention)(module, *args, **kwargs)
+
+
+# A full-precision teacher has no function of its own: with an installed package it gets that one's, whatever copies
+# are imported before or after.
+_ATTENTION = {"qbert": _attention, "qbert_scores": partial(_attention, return_scores=True)}
+for _name, _function in _ATTENTION.items():
+    if not (_IS_REMOTE_CODE and _name in AttentionInterface()):
+        AttentionInterface.register(_name, _function)
+        # Without its mask function padding would silently be attended to.
+        AttentionMaskInterface.register(_name, eager_mask)

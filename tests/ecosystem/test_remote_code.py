@@ -100,6 +100,7 @@ def test_a_copy_of_the_code_leaves_the_package_in_charge(tmp_path, monkeypatch):
     model, given = build("binary", "bert", activation_quantizer="lsq"), inputs()
     model.calibrate(**given)
     folder = save(model.pack(), tmp_path / "saved")
+    registered = dict(transformers.AttentionInterface())
     remote = transformers.dynamic_module_utils.get_class_from_dynamic_module(
         "modeling_binary.BinaryBertForSequenceClassification", str(folder)
     )
@@ -109,6 +110,9 @@ def test_a_copy_of_the_code_leaves_the_package_in_charge(tmp_path, monkeypatch):
         assert type(loaded) is kind and loaded.is_packed
         assert torch.equal(expected(loaded, given)[0], expected(model, given)[0])
     assert type(AutoModelForSequenceClassification.from_pretrained(folder)) is type(model)
+    # Models without quantized layers too: a teacher's dropout would follow the copy, which has no engine.
+    for name in ("qbert", "qbert_scores"):
+        assert transformers.AttentionInterface()[name] is registered[name]
 
 
 @pytest.mark.parametrize("state", ["latent", "packed"])
