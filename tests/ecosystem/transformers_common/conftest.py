@@ -20,10 +20,8 @@ def pytest_terminal_summary(terminalreporter):
     for outcome in (*OUTCOMES, "error"):
         for report in terminalreporter.stats.get(outcome, ()):
             file, _, test = report.nodeid.partition("::")
-            if not file.endswith(
-                "transformers_common/common.py"
-            ):  # pytest calls this for every run that collects here
-                continue
+            if not file.endswith("transformers_common/common.py"):
+                continue  # pytest calls this in every run that collects here
             kind = test.partition("::")[0] or "collection"
             counts.setdefault(kind, Counter())["failed" if outcome == "error" else outcome] += 1
     if not counts:
