@@ -89,6 +89,20 @@ def test_random_initialization_has_every_part_both_ways():
     assert (first.init, second.init, second.teacher) == ("teacher", "previous", "w1a2")
 
 
+def test_activation_bits_go_down_under_one_bit_weights():
+    """For the same number of steps as at once, and the last stage is trained as there."""
+    runs = runs_of("activation-bits")
+    totals = {}
+    for run, recipe in runs.items():
+        totals.setdefault(recipe.data.task, set()).add(sum(stage.training["max_steps"] for stage in recipe.stages))
+        bits = [stage.quantization.bits for stage in recipe.stages]
+        assert bits == sorted(bits, reverse=True) and all(name.startswith("1-1-") for name in bits)
+        assert [stage.init for stage in recipe.stages] == ["teacher"] + ["previous"] * (len(bits) - 1)
+        (direct,) = runs["/".join((recipe.data.task, f"w1a{bits[-1][-1]}", run.split("/")[2]))].stages
+        assert direct.quantization == recipe.stages[-1].quantization and direct.targets == recipe.stages[-1].targets
+    assert all(len(steps) == 1 for steps in totals.values())
+
+
 # Tiny runs
 
 
