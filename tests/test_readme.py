@@ -42,8 +42,8 @@ def test_zoo_lists_every_checkpoint():
 
 
 def test_packed_models_score_what_training_measured():
-    """In every committed result: not a score changed when the student was packed, and not a logit, except where the
-    order of LayerNorm's sums shows (README, "What is exact"): nowhere but in SQuAD's 10,833 windows."""
+    """In every committed result: not a score changed when the student was packed, and not a logit, except in one of
+    SQuAD's 10,833 windows (README, "What is exact")."""
     results = load_results([ROOT / "results"]) + load_results([ROOT / "model_cards"])
     assert len(results) > 100
     for run in results:
