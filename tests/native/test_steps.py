@@ -247,6 +247,21 @@ def test_softmax_codes_and_gradient(level, columns):  # noqa: ARG001
     )
 
 
+def test_exponentials_round_to_torchs_floats(level):  # noqa: ARG001
+    x = -20 * torch.rand(2**24, generator=torch.Generator().manual_seed(0))
+    exact, infinity = x.double().exp(), torch.tensor(float("inf"))
+    nearest = exact.float()
+    beside = torch.stack([torch.nextafter(nearest, end) for end in (-infinity, infinity)])
+    from_midpoint = ((beside.double() + nearest.double()) / 2 - exact).abs().amin(0) / exact
+    hard = x[(from_midpoint < 2**-41) & (from_midpoint > 2**-50)]  # nearer, no two libraries need agree
+    assert len(hard) > 100
+    scores = torch.zeros(len(hard), 17)
+    scores[:, 1:] = hard[:, None]
+    expected, _, scale = softmax_codes(scores, 8, False, None)
+    found, _, engine_scale = in_training.softmax_codes(scores, 8, in_training.Dropout(0, 0.0))
+    assert torch.equal(found, expected) and torch.equal(engine_scale, scale)
+
+
 @pytest.mark.parametrize("offsets", itertools.product((True, False), repeat=2))
 def test_scaled_products(level, offsets):  # noqa: ARG001
     y, rows, columns = torch.randn(2, 3, 5, 37), torch.rand(2, 3, 5, 1), torch.rand(2, 1, 1, 37)
