@@ -376,9 +376,9 @@ alignas(64) constexpr double kRoots[16] = {
     1.9152065613971472939,
 };
 
-// exp of x <= 0 in double, within 2^-51: x = (16 k + j) ln 2 / 16 + r, e^x = 2^k 2^(j/16) e^r, r at most ln 2 / 32. As
-// far from e^x as torch.exp of doubles may be, so that both round to one float: SQuAD's dev split asks for 10^10 of them,
-// and one neighbouring float can move a softmax's sum.
+// exp of x <= 0 in double, within 2^-51: x = (16 k + j) ln 2 / 16 + r, e^x = 2^k 2^(j/16) e^r, r at most ln 2 / 32.
+// torch.exp of doubles is about as near, so both round to one float but for a few arguments in 10^8. It matters: a dev
+// split of SQuAD's size asks for 10^10 of them, and one neighbouring float can move a softmax's sum.
 #if QB_WIDE != 8
 QB_INLINE dv exponential(dv x) {
 #if QB_WIDE == 16
