@@ -109,7 +109,7 @@ def test_names_of_near_points_do_not_stand_on_each_other(lowest):
     renderer = FigureCanvasAgg(figure).get_renderer()
     axis = figure.subplots()
     points = [(f"progressive-w{index}a8", 3.3, 80 + 0.05 * index, "C0", "o") for index in range(12)]
-    points += [("far", 90, lowest, "black", "D"), ("beside", 3.7, 80.2, "C1", "o")]
+    points += [("far-with-a-name-that-needs-room", 90, lowest, "black", "D"), ("beside", 3.7, 80.2, "C1", "o")]
     for _, size, score, colour, marker in points:
         axis.plot([size], [score], marker, color=colour)
     axis.set_xscale("log")
@@ -120,6 +120,7 @@ def test_names_of_near_points_do_not_stand_on_each_other(lowest):
     assert len(boxes) == 14
     for name, box in boxes.items():
         assert [other for other, its in boxes.items() if box.overlaps(its)] == [name]
+        assert axis.bbox.x0 - 1 <= box.x0 and box.x1 <= axis.bbox.x1 + 1
         assert axis.bbox.y0 - 1 <= box.y0 and box.y1 <= axis.bbox.y1 + 1
 
 
