@@ -209,11 +209,12 @@ def _label_points(axis: Any, points: Sequence[tuple[str, float, float, str, str]
     left, right = (math.log(limit) for limit in axis.get_xlim())
     bottom, top = axis.get_ylim()
     height, letter = 12 / 72 / (0.8 * inches[1]), 4.6 / 72 / (0.85 * inches[0])  # in 8 points, as shares of the axes
-    room = ((math.log(x) - left) / max(0.985 - letter * len(name), 0.2) for name, x, *_ in points)
+    gap = 0.015  # from a point to its name
+    room = ((math.log(x) - left) / max(1 - gap - letter * len(name), 0.2) for name, x, *_ in points)
     right = max(right, left + max(room, default=0.0))  # names end inside the axes
     taken: list[tuple[float, float, float]] = []  # where names begin, end and stand
     for name, x, y, colour, _ in sorted(points, key=lambda point: point[2]):
-        begin, at = (math.log(x) - left) / (right - left) + 0.015, (y - bottom) / (top - bottom) - height / 3
+        begin, at = (math.log(x) - left) / (right - left) + gap, (y - bottom) / (top - bottom) - height / 3
         end = begin + letter * len(name)
         around = [low for low_begin, low_end, low in taken if begin < low_end and low_begin < end]
         spots = (low + sign * height for low in around for sign in (1, -1))
