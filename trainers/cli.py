@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--null-threshold", type=float, help="squad_v2: by how much no answer must win (default: 0)")
 
     augment = commands.add_parser("augment", help="training rows with words replaced, as TinyBERT's augmentation")
-    augment.add_argument("--task", required=True, help="GLUE task or rotten_tomatoes")
+    augment.add_argument("--task", required=True, help="GLUE task, rotten_tomatoes, squad or squad_v2")
     augment.add_argument("--data", help="Hub data set or local folder (default: the task's on the Hub)")
     augment.add_argument("--split", default="train")
     augment.add_argument("--model", default="google-bert/bert-base-uncased", help="proposes words")

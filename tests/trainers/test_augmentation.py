@@ -90,7 +90,8 @@ def test_variants_replace_words_and_nothing_else():
         for third in ("plot", "story")
     }
     assert set(found) == expected - {text} and len(found) == len(set(found))
-    assert variants(text, spans, [["fine"]] * 4, 5, 1.0, np.random.default_rng(0)) == ["Fine  fine, the fine fine!"]
+    once = variants(text, spans, [["fine"]] * 4, 5, 1.0, np.random.default_rng(0))
+    assert once == {"Fine  fine, the fine fine!": ["Fine", "fine", "fine", "fine"]}
 
 
 def test_words_are_replaced_as_often_as_asked():
@@ -182,6 +183,33 @@ def test_pairs_change_one_sentence_at_a_time(workplace, tmp_path):
         assert len(sides) == 1
         changed.add(sides[0])
     assert changed == {0, 1}
+
+
+def test_answers_stay_and_move_with_the_words_before_them(workplace, tmp_path):
+    """All answers of a row; a word that an answer has a part of; "great" and "awful" have different lengths."""
+    context = "The bad plot, good films: the Awful film was great"
+    spans = [("good film", 14), ("film was", 36), ("plot, good", 8)]
+    answers = {"text": [text for text, _ in spans], "answer_start": [start for _, start in spans]}
+    rows = [
+        {"id": "a", "context": context, "question": "the bad plot was", "answers": answers},
+        {"id": "b", "context": "great", "question": "the", "answers": {"text": ["great"], "answer_start": [0]}},
+    ]
+    write_rows(tmp_path / "data" / "squad", rows)
+    spec = DataSpec(task="squad", path=str(tmp_path / "data"), augmented=str(tmp_path))
+    with pytest.raises(ValueError, match="copies: squad is not augmented by default"):
+        augment(spec, tmp_path / "squad", str(workplace / "mlm"))
+    augment(spec, tmp_path / "squad", str(workplace / "mlm"), copies=30)
+    found = load_augmented(spec, load_data(spec, ["train"])["train"]).to_list()  # raises where answers do not stand
+    assert [row for row in found if row["id"] == "b"] == rows[1:] and found[0] == rows[0]
+    questions = [row for row in found[1:-1] if row["question"] != rows[0]["question"]]
+    contexts = [row for row in found[1:-1] if row["context"] != context]
+    assert len(questions) > 5 and len(contexts) > 5 and len(questions) + len(contexts) == len(found) - 2
+    assert all(row["context"] == context and row["answers"] == answers for row in questions)
+    assert all(row["question"] == rows[0]["question"] for row in contexts)
+    assert all(row["answers"]["text"] == answers["text"] for row in contexts)
+    words = zip(*(row["context"].replace(",", "").replace(":", "").split() for row in contexts), strict=True)
+    assert [len(set(seen)) > 1 for seen in words] == [word in ("bad", "Awful", "great") for word in context.split()]
+    assert len({tuple(row["answers"]["answer_start"]) for row in contexts}) > 2
 
 
 def test_a_row_depends_on_neither_shards_nor_other_rows(workplace, tmp_path):
