@@ -45,6 +45,7 @@ class DistillationArguments(TrainingArguments):
         labels_weight: weight of the task's loss on the labels. It needs no teacher: final fine-tuning.
         temperature: divides the logits of both models before the softmax.
         teacher_dropout: run the teacher in training mode. BinaryBERT and BiT do so on GLUE, TernaryBERT does not.
+        without_dropout: the student learns without dropout, which all papers keep.
         scale_refresh_steps: optimizer steps between two `update_scales` of a student with weight quantizer "lat".
         quantizer_learning_rate: learning rate of learned step sizes and clips, which have no weight decay; default
             that of the weights. BinaryBERT's code: 1e-4 on GLUE, 1e-3 on SQuAD.
@@ -60,6 +61,7 @@ class DistillationArguments(TrainingArguments):
     labels_weight: float = field(default=0.0, metadata={"help": "Weight of the loss on the labels."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the softmax over the logits."})
     teacher_dropout: bool = field(default=False, metadata={"help": "Keep the teacher's dropout active."})
+    without_dropout: bool = field(default=False, metadata={"help": "Train the student without dropout."})
     scale_refresh_steps: int = field(default=1, metadata={"help": "Steps between updates of loss-aware scales."})
     quantizer_learning_rate: float | None = field(default=None, metadata={"help": "Rate of step sizes and clips."})
     step_learning_rate: float | None = field(default=None, metadata={"help": "Relative rate of step sizes."})
@@ -185,6 +187,8 @@ class DistillationTrainer(AtomicCheckpointMixin, Trainer):
             if "attention_scores" in self._targets:
                 stack.enter_context(_attention(self.model, SCORES_ATTENTION))
                 stack.enter_context(_attention(self.teacher, SCORES_ATTENTION))
+            if self.args.without_dropout:
+                stack.enter_context(_without_dropout(self.model))
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
@@ -346,6 +350,19 @@ def _attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(previous)
+
+
+@contextmanager
+def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """Sets a model's shares of dropout to 0 for the time of a `with` block; its config keeps them."""
+    shares = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    try:
+        for module in shares:
+            module.p = 0.0
+        yield
+    finally:
+        for module, share in shares.items():
+            module.p = share
 
 
 def _real_tokens(inputs: Mapping[str, Any]) -> Tensor:

@@ -32,6 +32,7 @@ _GAINED = (
     "labels",
     "split_multiply_adds",
     "step_learning_rate",
+    "without_dropout",
 )
 RUNNER_FIELDS = ("output_dir", "seed")  # TrainingArguments fields the runner sets itself
 
@@ -179,6 +180,7 @@ class Stage:
     the recipe's teacher with new random weights in its encoder, or in the `random_parts` instead. `start` names an
     earlier stage to be the previous one. `widths` trains all these widths at once. `teacher` names an earlier stage to
     imitate instead of the recipe's teacher.
+    `teacher_dropout` leaves the teacher's dropout on, `without_dropout` turns the student's off.
     `split_megabytes` makes a binary student ternary in the modules that the best (or, as controls, a random or the
     worst) choice of adaptive splitting would split within a file of that size; a later stage splits just these.
     `split_multiply_adds` instead bounds the millions of multiply-adds that this adds to a sentence of 128 tokens.
@@ -201,6 +203,7 @@ class Stage:
     ghost: GhostSpec = field(default_factory=GhostSpec)
     targets: Targets = field(default_factory=Targets)
     teacher_dropout: bool = False
+    without_dropout: bool = False
     temperature: float = 1.0
     split_megabytes: float | None = None
     split_multiply_adds: float | None = None

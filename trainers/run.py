@@ -251,6 +251,7 @@ class _Run:
             labels_weight=stage.targets.labels,
             temperature=stage.temperature,
             teacher_dropout=stage.teacher_dropout,
+            without_dropout=stage.without_dropout,
             quantizer_learning_rate=stage.quantizer_learning_rate,
             step_learning_rate=stage.step_learning_rate,
             ghost_learning_rate=stage.ghost.learning_rate,

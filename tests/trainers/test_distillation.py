@@ -295,6 +295,25 @@ def test_teacher_dropout_is_a_choice(tmp_path):
     assert spread[True] > 1e-2
 
 
+def test_student_dropout_is_a_choice(tmp_path):
+    """One row eight times in a batch: only dropout makes outputs differ."""
+    rows = make_rows(1) * 64
+    for off in (False, True):
+        student = make_model(1, dropout=0.3)
+        options = only("hidden_states") | {"attention_scores_weight": 1.0}
+        trainer = make_trainer(
+            tmp_path / str(off), student, make_model(2), rows=rows, max_steps=1, without_dropout=off, **options
+        )
+        seen = []
+        for module in (student.bert.embeddings, student.bert.encoder.layer[0].attention.self, student):
+            module.register_forward_hook(lambda *args, seen=seen: seen.append(args[-1]))
+        trainer.train()
+        spread = [output.std(0).max().item() for output in (seen[0], seen[1][0], seen[2].logits)]
+        assert len(seen) == 3 and all((value < 1e-6) == off for value in spread), spread
+        dropout = [module.p for module in student.modules() if isinstance(module, torch.nn.Dropout)]
+        assert dropout and set(dropout) == {0.3} and student.config.hidden_dropout_prob == 0.3
+
+
 def test_a_target_that_yields_nothing_is_an_error(tmp_path):
     trainer = make_trainer(tmp_path, make_model(1), make_model(2), **only("attention_scores"))
     forward = trainer.teacher.forward

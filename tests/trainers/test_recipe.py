@@ -78,6 +78,7 @@ def test_there_are_shipped_recipes():
         ("stages.1.training.max_steps=5", lambda r: r.stages[1].training == {"max_steps": 5}),
         ("quantization.bits=2-2-4", lambda r: [s.quantization.bits for s in r.stages] == ["2-2-4", "2-2-4"]),
         ("targets.hidden_states=0", lambda r: [s.targets.hidden_states for s in r.stages] == [0.0, 0.0]),
+        ("without_dropout=true", lambda r: [s.without_dropout for s in r.stages] == [True, True]),
         ("teacher_dropout=true", lambda r: [s.teacher_dropout for s in r.stages] == [True, True]),
         ("teacher.fine_tune={learning_rate: 5e-5}", lambda r: r.teacher.fine_tune == {"learning_rate": 5e-5}),
         ("seed=7", lambda r: r.seed == 7),
@@ -270,7 +271,8 @@ def test_stages_share_the_steps_by_their_epochs(tmp_path, total, schedule, steps
 def test_old_recipes_keep_their_fingerprint():
     """What recipes gained since is left out where it is unset."""
     values = Recipe.from_dict(minimal()).portable()
-    assert not {"schedule", "total_steps"} & values.keys() and "start" not in values["stages"][0]
+    assert not {"schedule", "total_steps"} & values.keys()
+    assert not {"start", "without_dropout"} & values["stages"][0].keys()
     assert Recipe.from_dict(minimal(stages=STAGES)).portable()["stages"][2]["start"] == "first"
 
 
@@ -287,7 +289,8 @@ def test_fingerprint_ignores_where_things_lie_and_how_numbers_are_written():
 @pytest.mark.parametrize(
     "override",
     ["seed=1", "name=b", "teacher.model=some/other", "teacher.seed=1", "data.max_length=64", "packing=dense",
-     "quantization.bits=2-2-4", "targets.logits=0.5", "stages.0.training.learning_rate=1e-5", "data.train_split=x"],
+     "quantization.bits=2-2-4", "targets.logits=0.5", "stages.0.training.learning_rate=1e-5", "data.train_split=x",
+     "without_dropout=true"],
 )  # fmt: skip
 def test_fingerprint_sees_what_changes_the_result(tmp_path, override):
     path = write(tmp_path, MINIMAL)
