@@ -21,15 +21,19 @@ def test_tables_are_rendered_from_the_results(name):
 
 def test_update_replaces_blocks_alone(tmp_path, capsys):
     (tmp_path / "results").symlink_to(ROOT / "results")
-    path = tmp_path / "README.md"
+    path, second = tmp_path / "README.md", tmp_path / "second.md"
     path.write_text("before\n<!-- qbert table results/ternarybert-glue -->\n| old |\n<!-- end -->\nafter\n")
-    assert cli.main(["table", "--update", str(path)]) == 0
+    second.write_text(path.read_text())
+    assert cli.main(["table", "--update", str(path), str(second)]) == 0
     text = path.read_text()
+    assert second.read_text() == text
     assert text.startswith("before\n<!-- qbert") and text.endswith("<!-- end -->\nafter\n")
     assert "| old |" not in text and "SST-2 (accuracy)" in text
     assert update_tables(text, tmp_path) == text and not capsys.readouterr().out
     with pytest.raises(ValueError, match="found none"):
         update_tables("no block", tmp_path)
+    assert cli.main(["table", "results", "--update", str(path), "--figure", "new.png"]) == 2
+    assert "--update: expected nothing beside it, found results, figure" in capsys.readouterr().err
 
 
 def test_zoo_lists_every_checkpoint():

@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     table = commands.add_parser("table", help="render results as a table and a figure")
     table.add_argument("results", nargs="*", help="result files or folders")
-    table.add_argument("--update", metavar="FILE.md", help="render this text's tables again, where they stand")
+    table.add_argument("--update", nargs="+", metavar="FILE.md", help="only render these texts' tables again")
     table.add_argument("--differences", nargs="+", metavar="A:B", help="also show variant A minus B, run by run")
     table.add_argument("--figure", help="also draw the scores into this PNG")
     table.add_argument("--size-figure", help="also draw mean score against file size into this PNG")
@@ -380,8 +380,11 @@ def _table(arguments: argparse.Namespace) -> None:
     from .tables import render_differences, render_distances, render_metrics, render_table, update_tables
 
     if arguments.update:
-        path = Path(arguments.update)
-        write_atomic(path, update_tables(path.read_text(encoding="utf-8"), path.parent).encode())
+        others = {key: value for key, value in vars(arguments).items() if value and key not in ("command", "update")}
+        if others:
+            raise ValueError(f"--update: expected nothing beside it, found {', '.join(others)}")
+        for path in map(Path, arguments.update):
+            write_atomic(path, update_tables(path.read_text(encoding="utf-8"), path.parent).encode())
         return
     results = load_results(arguments.results)
     print(render_table(results))
