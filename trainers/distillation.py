@@ -45,7 +45,7 @@ class DistillationArguments(TrainingArguments):
         labels_weight: weight of the task's loss on the labels. It needs no teacher: final fine-tuning.
         temperature: divides the logits of both models before the softmax.
         teacher_dropout: run the teacher in training mode. BinaryBERT and BiT do so on GLUE, TernaryBERT does not.
-        without_dropout: the student learns without dropout, which all papers keep.
+        without_dropout: the student learns without dropout; TernaryBERT, BinaryBERT and BiT keep it.
         scale_refresh_steps: optimizer steps between two `update_scales` of a student with weight quantizer "lat".
         quantizer_learning_rate: learning rate of learned step sizes and clips, which have no weight decay; default
             that of the weights. BinaryBERT's code: 1e-4 on GLUE, 1e-3 on SQuAD.
