@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
@@ -21,7 +22,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import IntervalStrategy
 
 from .machine import freed_memory_kept
 
@@ -106,6 +111,8 @@ class AtomicCheckpointMixin:
     - Rotation goes by step number and keeps at least two complete checkpoints.
     - `train` locks `output_dir`, refuses to start anew where complete checkpoints lie, and resumes only from a
       checkpoint that verifies, carries the same identity and holds optimizer, scheduler and random state.
+    - A resumed run goes on where it was, also within an epoch grouped by length, after an evaluation and after the
+      last step; `training_seconds` is the time of all its processes.
     - A non-finite loss or gradient norm raises `FloatingPointError` before the optimizer step.
 
     Args:
@@ -126,6 +133,15 @@ class AtomicCheckpointMixin:
         self._staging: Path | None = None
         self._step_losses: dict[str, Tensor] = {}
         self._give_back_memory = lambda: None
+        self._order: _EpochOrder | None = None
+        self._resumed_from: str | None = None
+        self._earlier_seconds, self._started = 0.0, time.time()
+        self.add_callback(_SaveAfterEvaluation())
+
+    @property
+    def training_seconds(self) -> float:
+        """Time in `train` up to now, and that of earlier processes up to the checkpoint that this one resumed from."""
+        return self._earlier_seconds + time.time() - self._started
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest complete checkpoint of `output_dir`."""
@@ -134,7 +150,8 @@ class AtomicCheckpointMixin:
             if self.args.should_save:
                 for stale in folder.glob(f"{STAGING}*"):
                     shutil.rmtree(stale)
-            checkpoint = self._checked_resume(folder, resume_from_checkpoint)
+            self._started, self._earlier_seconds = time.time(), 0.0
+            checkpoint = self._resumed_from = self._checked_resume(folder, resume_from_checkpoint)
             self._step_losses = {}
             with freed_memory_kept() as self._give_back_memory:
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -158,7 +175,43 @@ class AtomicCheckpointMixin:
                 raise ValueError(f"{checkpoint} cannot be resumed from: it was saved without {name}")
         if manifest["versions"] != _versions():
             logger.warning("%s was written with %s, now %s", checkpoint, manifest["versions"], _versions())
+        self._earlier_seconds = manifest.get("seconds", 0.0)
         return checkpoint
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any):
+        """As the Trainer's; one grouped by length draws the epoch that a run resumes in as it was drawn before."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if type(sampler) is not LengthGroupedSampler:
+            return sampler
+        self._order = _EpochOrder(sampler.batch_size, lengths=sampler.lengths)
+        if self._resumed_from is not None:
+            path = Path(self._resumed_from, self._order_name)
+            if not path.is_file():
+                raise ValueError(f"{path.parent} cannot be resumed from: it was saved without {path.name}")
+            self._order.redraw_from = load_file(path)["drawn_from"]
+        return self._order
+
+    @property
+    def _order_name(self) -> str:
+        return f"order_{self.args.process_index}.safetensors"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._order is not None and self._order.drawn_from is not None:
+            save_file({"drawn_from": self._order.drawn_from}, Path(output_dir, self._order_name))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As the Trainer, which calls it before it draws a new epoch, or after it drew the one that it resumes in."""
+        super()._load_rng_state(checkpoint)
+        if self._order is not None:
+            self._order.redraw_from = None
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer; nothing where all steps are done, which it would only see after one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Raises where the Trainer warns: a resumed model must take every tensor of the checkpoint and lack none."""
@@ -199,7 +252,7 @@ class AtomicCheckpointMixin:
             if self.args.should_save:
                 written = staging / f"checkpoint-{step}"
                 self.state.save_to_json(str(written / "trainer_state.json"))
-                _write_manifest(written, step, self.identity)
+                _write_manifest(written, step, self.identity, self.training_seconds)
                 _publish(written, folder / written.name)
         finally:
             self._staging = None
@@ -241,6 +294,40 @@ class AtomicCheckpointMixin:
         """Called with the summed losses of every optimizer step."""
 
 
+class _EpochOrder(LengthGroupedSampler):
+    """Draws each epoch's order as Transformers' does, from torch's random state, and remembers that state.
+
+    A run that resumes within an epoch needs the epoch's own order, but the Trainer restores a random state, and that
+    of a later step, only after it has drawn one.
+    """
+
+    drawn_from: Tensor | None = None
+    redraw_from: Tensor | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        if self.redraw_from is not None:
+            torch.set_rng_state(self.redraw_from)
+            self.redraw_from = None
+        self.drawn_from = torch.get_rng_state()
+        return super().__iter__()
+
+
+class _SaveAfterEvaluation(TrainerCallback):
+    """Puts off the save of an epoch's last step until after the evaluation that ends the epoch: that draws random
+    numbers too, and a run resumed from before it would not evaluate again."""
+
+    due = False
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        ends = state.epoch == int(state.epoch) and state.global_step < state.max_steps
+        if ends and control.should_save and args.eval_strategy == IntervalStrategy.EPOCH:
+            self.due, control.should_save = True, False
+
+    def on_epoch_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        if self.due:
+            self.due, control.should_save = False, True
+
+
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of every `checkpoint-N` folder, in the order of the steps; modification times play no part."""
     if not folder.is_dir():
@@ -270,12 +357,13 @@ def _rotate(folder: Path, step: int, limit: int, best: str | None) -> None:
             shutil.rmtree(removed)
 
 
-def _write_manifest(checkpoint: Path, step: int, identity: Mapping[str, Any]) -> None:
+def _write_manifest(checkpoint: Path, step: int, identity: Mapping[str, Any], seconds: float) -> None:
     files = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         _fsync(path)
         files[str(path.relative_to(checkpoint))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {"schema": SCHEMA, "step": step, "identity": identity, "versions": _versions(), "files": files}
+    manifest["seconds"] = seconds
     manifest["sha256"] = _digest(manifest)
     path = checkpoint / MANIFEST
     path.write_text(json.dumps(manifest, indent=1) + "\n")

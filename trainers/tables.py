@@ -250,8 +250,8 @@ def render_differences(results: Sequence[Mapping[str, Any]], pairs: Sequence[tup
     For each pair a row of main metrics x 100 of the packed models and, where both recorded it, a row of how much
     farther in percent the first is from the teacher, by the mean squared difference of logits. Each cell is mean ±
     sample standard deviation over the runs that have a counterpart, with their number. What both runs share, teacher
-    and order of the batches, does not count as spread. Of several tasks the last column is the mean of those that the
-    pair has.
+    and the first epoch's order of batches, does not count as spread. Of several tasks the last column is the mean of
+    those that the pair has.
 
     Raises:
         ValueError: a variant is unknown, or a pair has no runs to compare.

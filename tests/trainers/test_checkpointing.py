@@ -226,6 +226,48 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+@pytest.mark.parametrize("evaluation", ["no", "epoch"])
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_every_checkpoint_resumes_bit_equal(tmp_path, strategy, evaluation):
+    """Three steps an epoch, of which the third has none: from within each, from its end and after the last step.
+
+    The rate stays constant: a step too many would show. An evaluation draws random numbers, so does a new epoch.
+    """
+    args = {"lr_scheduler_type": "constant", "save_steps": 1, "save_total_limit": None}
+    args |= {"train_sampling_strategy": strategy, "eval_strategy": evaluation}
+    expected = run(tmp_path / "whole", **args)
+    plain = Trainer(
+        make_model(),
+        TrainingArguments(**settings(tmp_path / "plain", **args)),
+        train_dataset=make_rows(),
+        eval_dataset=make_rows(),
+        data_collator=default_data_collator,
+    )
+    plain.train()
+    assert_same(plain.model.state_dict(), expected)
+    for step in range(1, STEPS + 1):
+        resumed = make_trainer(tmp_path / str(step), **args)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert resumed.state.global_step == STEPS, step
+        assert_same(resumed.model.state_dict(), expected)
+        # and from a checkpoint of that run, within the same epoch or a later one
+        if step < STEPS - 1:
+            again = make_trainer(tmp_path / f"{step} again", **args)
+            again.train(resume_from_checkpoint=str(tmp_path / str(step) / f"checkpoint-{step + 1}"))
+            assert_same(again.model.state_dict(), expected)
+
+
+def test_time_counts_from_the_first_process_on(tmp_path):
+    make_trainer(tmp_path, max_steps=2).train()
+    earlier = verify_checkpoint_files(tmp_path / "checkpoint-2")["seconds"]
+    assert earlier > 0
+    resumed = make_trainer(tmp_path)
+    started = time.time()
+    resumed.train(resume_from_checkpoint=True)
+    assert earlier < resumed.training_seconds <= earlier + time.time() - started + 0.1
+    assert verify_checkpoint_files(tmp_path / f"checkpoint-{STEPS}")["seconds"] > earlier
+
+
 def test_loss_aware_student_resumes_bit_equal(tmp_path):
     """Saves fall between two refreshes of the scales."""
     modeling = pytest.importorskip("modeling_qbert")
@@ -418,6 +460,8 @@ def test_resume_refuses_what_would_restart_silently(tmp_path):
     make_trainer(tmp_path / "full", max_steps=2).train()
     with pytest.raises(ValueError, match="checkpoint-2 exists: resume from it"):
         make_trainer(tmp_path / "full").train()
+    with pytest.raises(ValueError, match="checkpoint-2 cannot be resumed from: it was saved without order_0"):
+        make_trainer(tmp_path / "full", train_sampling_strategy="group_by_length").train(resume_from_checkpoint=True)
     wider = make_model(num_labels=2, type_vocab_size=2)
     wider.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="missing .*extra.weight"):
