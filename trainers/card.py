@@ -311,7 +311,7 @@ def build_card(
     datasets: Sequence[str] | None = None,
     tags: Sequence[str] = (),
     example: Sequence[str] | None = None,
-    limitations: str = "",
+    limitations: str | None = None,
 ) -> ModelCard:
     """The card of the packed checkpoint in `folder`.
 
@@ -319,13 +319,13 @@ def build_card(
         folder: packed checkpoint with `config.json` and `model.safetensors`.
         results: content of the `results.json` of the run that made it.
         model_id: Hub id or folder that the usage example loads. Default: the folder's name.
-        base_model: Hub id(s) of the model that was quantized. Default: the results' teacher.
+        base_model: Hub id(s) of the model that was quantized. Default: the results'; none where that was a folder.
         license: Hub licence id.
         language: ISO code, or None.
         datasets: Hub ids of the training data. Default: the task's; none for own data.
         tags: added to the zoo's own tags.
         example: one text, or two for a task on pairs. Default: a text that fits the task.
-        limitations: plain text; an empty line starts a paragraph.
+        limitations: plain text; an empty line starts a paragraph. Default: the results'.
 
     Returns:
         Card whose front matter has `model-index` with every metric of the packed model.
@@ -339,7 +339,8 @@ def build_card(
     _check_weights(folder, results)
     tag = _pipeline_tag(config, folder)
     model_id = folder.resolve().name if model_id is None else model_id
-    base_model = results["teacher"]["model"] if base_model is None else base_model
+    base_model = results.get("base_model") if base_model is None else base_model
+    limitations = results.get("limitations", "") if limitations is None else limitations
     task = TASKS.get(results["task"]) if results["task"] else None
     if datasets is None:
         datasets = [task.dataset] if task and task.dataset else []
@@ -371,8 +372,8 @@ def build_card(
         language=language,
         library_name="sentence-transformers" if tag == "sentence-similarity" else "transformers",
         pipeline_tag=tag,
-        base_model=base_model if isinstance(base_model, str) else list(base_model),
-        base_model_relation="quantized",
+        base_model=list(base_model) if isinstance(base_model, list | tuple) else base_model,
+        base_model_relation="quantized" if base_model else None,
         datasets=list(datasets) or None,
         metrics=list(results["packed"]["metrics"]),
         tags=[str(name) for name in (*own_tags, *tags) if name],

@@ -23,7 +23,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from modeling_qbert import verify_checkpoint, write_remote_code
 
 from .card import CARD_NAME, write_card
-from .initialization import BUNDLED
 from .results import RESULTS_NAME, read_results
 from .tasks import TASKS
 
@@ -115,10 +114,8 @@ def assemble(checkpoint: Path, repo_id: str, folder: Path) -> list[str]:
     write_remote_code(folder)
     if (folder / RESULTS_NAME).exists():
         results = read_results(folder / RESULTS_NAME)
-        base_model = results["teacher"]["model"]
-        *_, limitations = BUNDLED.get(base_model, ("",))
         _write_eval_results(folder, results)
-        write_card(folder, results, model_id=repo_id, base_model=base_model, limitations=limitations)
+        write_card(folder, results, model_id=repo_id)
     elif not (folder / CARD_NAME).exists():
         raise ValueError(f"{checkpoint}: has neither {RESULTS_NAME} nor {CARD_NAME}; a published model needs a card")
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -111,6 +111,7 @@ def _check_inputs(inputs: dict, output: Path) -> None:
 class _Run:
     def __init__(self, recipe: Recipe, output: Path, teachers: Path):
         self.recipe, self.output, self.started = recipe, output, time.time()
+        self.stage_seconds = 0.0  # of training, in this process
         self.environment = environment()  # the commit that trains, whatever is checked out meanwhile
         trainings = [recipe.teacher.fine_tune or {}, *(stage.training for stage in recipe.stages)]
         # The recipes ask for bfloat16 for speed alone.
@@ -231,7 +232,9 @@ class _Run:
                 set_seed(self.recipe.seed)
                 training = folder / "training"
                 trainer = self._trainer(stage, training, previous, teacher, identity)
+                started = time.time()
                 record = self._train(trainer, training, stage.name)
+                self.stage_seconds += time.time() - started
                 trainer.model.save_pretrained(model_folder)
                 self.tokenizer.save_pretrained(model_folder)
                 record["metrics"], _ = self._evaluate(model_folder, folder)
@@ -261,7 +264,7 @@ class _Run:
         # Training rows rank heads, neurons and modules; in DynaBERT's code the rows that the score is measured on do.
         count = min(RANKING_ROWS, len(self.train))  # from all over the file, which may be sorted by class
         rows = self.train.select([index * len(self.train) // count for index in range(count)])
-        batches = labelled_batches(rows, self.tokenizer)
+        batches = list(labelled_batches(rows, self.tokenizer))
         student = initial_student(self.recipe, stage, start, self.labels, batches, self.head)
         if stage.chooses_modules:
             modules = choose_ternary_modules(stage, student, teacher, batches, self.recipe.seed)
@@ -297,7 +300,6 @@ class _Run:
 
     def _train(self, trainer: Trainer, folder: Path, name: str) -> dict:
         resume = newest_complete_checkpoint(folder) is not None
-        started = time.time()
         (folder.parent / LOGITS).unlink(missing_ok=True)  # of what lay there before
         trainer.train(resume_from_checkpoint=True if resume else None)
         history = trainer.state.log_history
@@ -308,7 +310,7 @@ class _Run:
         return {
             "name": name,
             "steps": trainer.state.global_step,
-            "seconds": time.time() - started,
+            "seconds": trainer.training_seconds,
             "final_losses": {key: value for key, value in losses.items() if key.startswith("loss")},
         }
 
@@ -338,6 +340,12 @@ class _Run:
         teacher_logits = self._evaluate(self.teacher_path, self.teacher_folder)[1][self.split]
         architecture, teacher_name = recipe.teacher.architecture, recipe.portable()["teacher"]["model"]
         teacher_weights = Path(self.teacher_path) / "model.safetensors"
+        *_, limitations = BUNDLED.get(recipe.teacher.model, ("",))
+        if architecture is not None:
+            limitations += (
+                f" Its weights are those of a BERT in the {architecture} architecture, where they compute the same: "
+                f"there was no {architecture} pre-training."
+            )
         results = {
             "schema": 1,
             "run": recipe.name,
@@ -366,20 +374,16 @@ class _Run:
                 "teacher_distance": mean_squared_difference(packed_logits[self.split], teacher_logits),
             },
             "data": self.identity,
+            "base_model": None if Path(recipe.teacher.model).is_dir() else recipe.teacher.model,  # its id on the Hub
+            "limitations": limitations,
             "stages": stages,
-            "seconds": time.time() - self.started,
+            # Stages that an earlier process or another run trained, in part or whole, count as well.
+            "seconds": time.time() - self.started - self.stage_seconds + sum(stage["seconds"] for stage in stages),
             **self.environment,
         }
         write_results(packed_folder / RESULTS_NAME, results)
         _write_json(packed_folder / "golden.json", self.head.golden(packed_folder, self.data[self.split]))
-        *_, limitations = BUNDLED.get(recipe.teacher.model, ("",))
-        if architecture is not None:
-            limitations += (
-                f" Its weights are those of a BERT in the {architecture} architecture, where they compute the same: "
-                f"there was no {architecture} pre-training."
-            )
-        base = recipe.teacher.model
-        write_card(packed_folder, results, model_id=recipe.name, base_model=base, limitations=limitations)
+        write_card(packed_folder, results, model_id=recipe.name)
         write_results(self.output / RESULTS_NAME, results)
         return results
 

@@ -88,6 +88,8 @@ def test_one_commit_holds_everything(hub, checkpoint):
     front, body = files["README.md"].decode().split("---\n")[1:3]
     front = yaml.safe_load(front)
     assert front["base_model_relation"] == "quantized" and front["license"] == "apache-2.0"
+    assert front["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert "SNLI and MultiNLI" in body.split("## Limitations")[1].split("##")[0]
     assert front["model-index"][0]["name"] == REPO
     for name in ("config.json", "model.safetensors", "modeling_ternary.py"):
         assert hashlib.sha256(files[name]).hexdigest() in body

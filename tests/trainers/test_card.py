@@ -108,6 +108,14 @@ def test_front_matter(folder, results):
     assert {metric["type"]: metric["value"] for metric in entry["metrics"]} == {"accuracy": 0.9012, "f1": 0.8899}
 
 
+def test_what_the_results_know_needs_no_telling(folder, results):
+    assert not {"base_model", "base_model_relation"} & parts(str(build_card(folder, results)))[0].keys()
+    results |= {"base_model": "org/minilm", "limitations": "English alone."}
+    front, body = parts(str(build_card(folder, results)))
+    assert (front["base_model"], front["base_model_relation"]) == ("org/minilm", "quantized")
+    assert "## Limitations\n\nEnglish alone.\n" in body
+
+
 def test_the_hub_library_reads_the_card_back(folder, results):
     card = build_card(folder, results)
     loaded = ModelCard.load(write_card(folder, results))

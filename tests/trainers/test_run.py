@@ -296,6 +296,12 @@ def test_adaptive_splitting_by_its_recipe(workplace, tmp_path):
     run_recipe(Recipe.from_yaml(path, overrides + chosen), tmp_path / "work", teachers=tmp_path / "teachers")
     assert 0 < work("work") <= 0.15e6 < work("1-gain")
 
+    # Heads and modules ranked in one stage, each by all of the ranking rows.
+    values = Recipe.from_yaml(path, [*overrides, "stages.2.split_megabytes=0.0465"]).to_dict()
+    stage = values["stages"][2] | {"init": "pruned", "width": 0.5, "teacher": None}
+    run_recipe(Recipe.from_dict(values | {"stages": [stage]}), tmp_path / "at once", teachers=tmp_path / "teachers")
+    assert AutoConfig.from_pretrained(tmp_path / "at once" / "packed").ternary_modules
+
 
 def test_killed_and_started_again_ends_in_the_same_file(finished, tmp_path):
     recipe, output, results = finished
