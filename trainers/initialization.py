@@ -223,6 +223,8 @@ def randomize_parts(model: PreTrainedModel, parts: Iterable[str]) -> None:
             module.reset_parameters()
         elif isinstance(module, nn.Linear | nn.Embedding):
             module.weight.normal_(std=deviation)
+            if getattr(module, "weight_scale", None) is not None:  # of the weight that was
+                module.weight_scale.zero_()
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
             if getattr(module, "padding_idx", None) is not None:

@@ -335,7 +335,11 @@ class WidthAdaptiveTrainer(DistillationTrainer):
             config = _narrow_config(model, fields)
             if width != 1:
                 with torch.device("meta"):
-                    self._narrow.append((fields, type(model)(config)))
+                    narrow = type(model)(config)
+                for module in narrow.modules() if args.without_dropout else ():
+                    if isinstance(module, nn.Dropout):
+                        module.p = 0.0
+                self._narrow.append((fields, narrow))
         super().__init__(model, teacher, args, identity={**(identity or {}), "widths": list(widths)}, **kwargs)
 
     def _student_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> list[Any]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from modeling_qbert.quantizers import lat_scale
 from trainers.distillation import LEARNED_STEP
 from trainers.initialization import initial_student
 from trainers.recipe import Recipe
@@ -27,9 +28,9 @@ def teacher(tmp_path_factory):
     return str(folder), model.state_dict()
 
 
-def initial(folder, seed=1, **stage):
+def initial(folder, seed=1, family="binary", **stage):
     stage = {"init": "random_encoder", "quantization": BITS, **stage}
-    common = {"name": "tiny", "family": "binary", "data": {"task": "sst2"}, "teacher": {"model": folder}}
+    common = {"name": "tiny", "family": family, "data": {"task": "sst2"}, "teacher": {"model": folder}}
     recipe = Recipe.from_dict({**common, "stages": [stage]})
     torch.manual_seed(seed)
     return initial_student(recipe, recipe.stages[0], folder, {})
@@ -61,6 +62,16 @@ def test_only_the_parts_named_are_new(teacher, parts, changed):
         new = name.removeprefix("bert.").startswith(tuple(changed))
         assert torch.equal(state[name], weight) != new, name
     assert all(float(value) == 0 for name, value in state.items() if name.endswith(".step"))
+
+
+def test_loss_aware_scales_are_those_of_the_new_weights(teacher):
+    folder, _ = teacher
+    bits = {"bits": "2-2-8", "weight_quantizer": "lat"}
+    model = initial(folder, family="ternary", quantization=bits, random_parts=["encoder"])
+    for name, module in model.named_modules():
+        if getattr(module, "weight_scale", None) is not None:
+            expected = lat_scale(module.weight, None, module.spec.granularity, module.spec.group_size)
+            assert torch.equal(module.weight_scale, expected), name
 
 
 def test_new_weights_are_those_of_a_new_model_and_seeded(teacher):

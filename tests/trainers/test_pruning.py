@@ -409,6 +409,19 @@ def test_resumed_ends_in_the_same_weights(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("off", [True, False])
+def test_dropout_is_a_choice_for_every_width(tmp_path, off):
+    """One row eight times in a batch: only dropout makes logits differ."""
+    student = make_model(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    rows = make_rows(1) * 8
+    trainer = make_trainer(tmp_path, student, make_teacher(), rows=rows, max_steps=1, without_dropout=off)
+    spreads = []
+    for narrow in (trainer.model, *(network for _, network in trainer._narrow)):
+        narrow.register_forward_hook(lambda *args: spreads.append(args[-1].logits.std(0).max().item()))
+    trainer.train()
+    assert len(spreads) == len(WIDTHS) and all((spread < 1e-6) == off for spread in spreads), spreads
+
+
 def test_sub_networks_run_in_mixed_precision_too(tmp_path):
     trainer = make_trainer(tmp_path, make_model(), make_teacher(), bf16=True, max_steps=1)
     seen = []
