@@ -12,6 +12,7 @@ from trainers.distillation import DistillationTrainer
 from trainers.recipe import Recipe
 from trainers.run import run_recipe
 from trainers.sweep import load_sweep
+from trainers.tasks import TASKS
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -31,6 +32,12 @@ def steps(recipe: Recipe) -> int:
 
 def runs_of(name: str) -> dict[str, Recipe]:
     return {run.name: run.recipe for run in load_sweep(EXAMPLES / "sweeps" / f"{name}.yaml").runs}
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_has_the_data_of_its_task(path):
+    for run in load_sweep(path).runs:
+        assert run.recipe.data.path == TASKS[run.recipe.data.task].dataset, run.name
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -56,7 +63,8 @@ def test_bits_go_down_and_activations_come_last():
         assert inits == ["teacher"] + ["previous"] * (len(inits) - 1)
         assert all(stage.quantization.planes == 1 for stage in recipe.stages)
         for (weight, *_), stage in zip(widths, recipe.stages, strict=True):
-            assert stage.quantization.weight_granularity == ("per_row" if weight > 2 else "per_tensor")
+            rows = weight > 2 or "per-row" in run
+            assert stage.quantization.weight_granularity == ("per_row" if rows else "per_tensor")
         if "direct" in run or len(recipe.stages) == 1 or "w2a8-w1a8" in run:
             continue
         weights = [weight for weight, _, _ in widths]
