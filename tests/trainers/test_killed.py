@@ -57,7 +57,9 @@ def progressive(folder: Path) -> Recipe:
 
 
 def random_encoder(folder: Path) -> Recipe:
-    return shipped(folder, "w1a1", "schedule=[w1a1]", "stages.0.init=random_encoder", "total_steps=6")
+    """Two epochs of three steps."""
+    steps = ("total_steps=6", "training.per_device_train_batch_size=16")
+    return shipped(folder, "w1a1", "schedule=[w1a1]", "stages.0.init=random_encoder", *steps)
 
 
 def chain(folder: Path) -> Recipe:
@@ -110,7 +112,7 @@ def train_and_die(recipe: Recipe, folder: Path, stage: str, steps: int) -> None:
     ("make", "kills", "left"),
     [
         (progressive, [("w1", 3)], 2 + 4),  # 3, 4 and 4 steps
-        (random_encoder, [("w1a1", 1), ("w1a1", 5)], 2),  # before anything was saved, and later
+        (random_encoder, [("w1a1", 1), ("w1a1", 5)], 2),  # before anything was saved, and in the second epoch
         (chain, [("chained", 3)], 2),  # 4 and 4 steps
         (augmented, [("w1a8", 3)], 2),  # 4 and 4 steps
         (answers, [("ternary", 3)], 4),
