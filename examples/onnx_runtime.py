@@ -16,7 +16,8 @@ def main(model: str, tokenizer_file: str, *texts: str) -> None:
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     config = json.loads(session.get_modelmeta().custom_metadata_map["config"])
     tokenizer = Tokenizer.from_file(tokenizer_file)
-    tokenizer.enable_truncation(config["max_position_embeddings"])
+    skipped = config["pad_token_id"] + 1 if "roberta" in config["model_type"] else 0  # positions start behind padding
+    tokenizer.enable_truncation(config["max_position_embeddings"] - skipped)
     tokenizer.enable_padding(pad_id=config["pad_token_id"])
     encoded = tokenizer.encode_batch(list(texts))
     columns = {

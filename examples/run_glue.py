@@ -33,6 +33,8 @@ from trainers.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
+SENTENCE_TASKS = sorted(name for name, task in TASKS.items() if task.kind in ("classification", "regression"))
+
 
 @dataclass
 class ModelArguments:
@@ -44,7 +46,7 @@ class ModelArguments:
 
 @dataclass
 class DataTrainingArguments:
-    task_name: str | None = field(default=None, metadata={"help": "GLUE task: " + ", ".join(sorted(TASKS))})
+    task_name: str | None = field(default=None, metadata={"help": "One of: " + ", ".join(SENTENCE_TASKS)})
     train_file: str | None = field(default=None, metadata={"help": "CSV, JSON or Parquet; text columns and label."})
     validation_file: str | None = field(default=None, metadata={"help": "As train_file."})
     max_seq_length: int = field(default=128, metadata={"help": "Longer texts are truncated."})
@@ -54,8 +56,8 @@ class DataTrainingArguments:
     def __post_init__(self):
         if self.task_name is None and (self.train_file is None or self.validation_file is None):
             raise ValueError("give task_name, or train_file and validation_file")
-        if self.task_name is not None and self.task_name not in TASKS:
-            raise ValueError(f"task_name: expected one of {sorted(TASKS)}, found {self.task_name!r}")
+        if self.task_name is not None and self.task_name not in SENTENCE_TASKS:
+            raise ValueError(f"task_name: expected one of {SENTENCE_TASKS}, found {self.task_name!r}")
 
 
 def main():
@@ -74,6 +76,7 @@ def main():
         raw_datasets = load_dataset(kind, data_files=files)
     else:
         raw_datasets = load_dataset(task.dataset, task.name)
+        raw_datasets["validation"] = raw_datasets[task.eval_splits[0]]
     if task is not None:
         columns = [task.text] + ([task.text_pair] if task.text_pair else [])
     else:

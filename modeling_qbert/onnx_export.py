@@ -259,7 +259,7 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike) -> dict[str, An
     proto.ClearField("metadata_props")
     proto.producer_name = PRODUCER
     onnx.helper.set_model_props(
-        proto, {"architecture": type(model).__name__, "config": packed.config.to_json_string()}
+        proto, {"architecture": type(model).__name__, "config": packed.config.to_json_string(use_diff=False)}
     )
     content = proto.SerializeToString(deterministic=True)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

@@ -5,9 +5,12 @@ import json
 import sys
 
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tiny import randomize
 from transformers import AutoConfig, AutoModelForQuestionAnswering, BertConfig, BertModel, BertTokenizer, pipeline
 from zoo import ROOT
+
+from trainers.tasks import TASKS
 
 
 WORDS = "the of a on in Ada Lovelace lived London wrote notes engine who where did what answer film good bad".split()
@@ -97,6 +100,17 @@ def test_glue_task_and_regression(model, tmp_path, monkeypatch):
         run("run_glue", monkeypatch, *common(model, tmp_path / "no", "--task_name", "sts"))
     with pytest.raises(ValueError, match="give task_name, or train_file"):
         run("run_glue", monkeypatch, *common(model, tmp_path / "no"))
+
+
+def test_the_task_with_two_validation_splits(model, tmp_path, monkeypatch):
+    rows = [{"premise": f"a {w} film", "hypothesis": "a good film", "label": v} for w, v in (("good", 0), ("bad", 2))]
+    names = Features(premise=Value("string"), hypothesis=Value("string"), label=ClassLabel(3))
+    splits = {name: Dataset.from_list(rows * 8, names) for name in ("train", *TASKS["mnli"].eval_splits)}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: DatasetDict(splits))
+    run("run_glue", monkeypatch, *common(model, tmp_path / "out", "--task_name", "mnli", "--max_steps", "1"))
+    assert "eval_accuracy" in metrics(tmp_path / "out")
+    with pytest.raises(ValueError, match="task_name: expected one of"):
+        run("run_glue", monkeypatch, *common(model, tmp_path / "no", "--task_name", "squad"))
 
 
 def test_token_classification(model, tmp_path, monkeypatch):

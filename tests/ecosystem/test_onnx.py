@@ -115,6 +115,8 @@ def test_every_family_and_backbone(family, backbone, head, fields, bits, tmp_pat
     made = export_onnx(model, tmp_path / "model.onnx")  # a latent one is packed first
     assert made["bytes"] == (tmp_path / "model.onnx").stat().st_size and made["difference"] <= 1e-5
     assert products(tmp_path / "model.onnx")[0]["bits"] == {bits}
+    stored = json.loads(session(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map["config"])
+    assert stored["id2label"] == {str(key): label for key, label in model.config.id2label.items()}
     inputs = onnx_export.example_inputs(model, 3, 17, seed=7)
     with torch.no_grad():
         expected = model(**inputs)
