@@ -39,6 +39,7 @@ from .ops import (
     NativeEncoder,
     NativeWeight,
     place_of,
+    same_bytes,
     supports,
 )
 from .quantizers import ActivationQuantizer, LsqQuantizer
@@ -74,6 +75,16 @@ class _Engine:
                         self.tensors.append(tensor)
         self.writable = list(self.tensors)
         self.versions = _versions(self.writable)
+        # What the engine has copies of, but for bits and scales: writes through `.data` count no version.
+        owners = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+        owned = chain.from_iterable(map(dict.values, (module._parameters for module in owners)))
+        mine = [tensor for tensor in owned if tensor is not None and tensor.is_cpu and tensor.is_contiguous()]
+        self.copies = [tensor.detach().clone() for tensor in mine]
+        self.compared = (
+            list(map(Tensor.data_ptr, mine)),
+            list(map(Tensor.data_ptr, self.copies)),
+            [tensor.nbytes for tensor in mine],
+        )
         self.watchers: tuple = ()  # hooks when they were last looked at, none of which expects to be called
         self.encoder = self.pooler = None
         try:
@@ -121,7 +132,9 @@ class _Engine:
             return True
         if any(map(operator.is_not, map(dict.get, self.stores, self.names), self.tensors)):
             return True
-        return _versions(self.writable) != self.versions
+        if _versions(self.writable) != self.versions:
+            return True
+        return self.encoder is not None and any(map(same_bytes, *self.compared))
 
     def is_watched(self) -> bool:
         """Whether a hook inside expects to be called."""
@@ -160,34 +173,21 @@ def fused(forward: Callable) -> Callable:
     return wrapper
 
 
-class FusedBertModel(BertModel):
-    forward = fused(BertModel.forward)
-
-
-class FusedRobertaModel(RobertaModel):
-    forward = fused(RobertaModel.forward)
-
-
-class FusedElectraModel(ElectraModel):
-    forward = fused(ElectraModel.forward)
-
-
-_FUSED = {BertModel: FusedBertModel, RobertaModel: FusedRobertaModel, ElectraModel: FusedElectraModel}
+_BACKBONES = (BertModel, RobertaModel, ElectraModel)
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 
-def fuse_backbone(model: nn.Module) -> None:
-    """Let the backbone inside a model with a head ask the engine first."""
-    if type(model) in _FUSED:
-        model.__class__ = _FUSED[type(model)]
-        # Transformers looks up by the class's name what a model can record, and noted it when the model was made.
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
+def become(model: nn.Module, model_class: type) -> None:
+    """Make the backbone inside a model with a head one of the family: it asks the engine first, and saves as such."""
+    model.__class__ = model_class
+    # Transformers looks up by the class's name what a model can record, and noted it when the model was made.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(model_class), model._can_record_outputs)
 
 
 def fused_forward_of(model_class: type) -> Callable | None:
     """The fused forward for a class that is itself a backbone and has its forward, None for one with a head or with a
     forward of its own."""
-    bases = (base for base in _FUSED if issubclass(model_class, base) and model_class.forward is base.forward)
+    bases = (base for base in _BACKBONES if issubclass(model_class, base) and model_class.forward is base.forward)
     return next((fused(base.forward) for base in bases), None)
 
 

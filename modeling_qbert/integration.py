@@ -181,7 +181,7 @@ def check_file(path: str, model: nn.Module, packing: str) -> PackedFile:
         for wrapper in ("module.", "_orig_mod."):
             if any(name.startswith(wrapper) for name in unexpected):
                 hint = f"; save the unwrapped model (names start with {wrapper!r})"
-        if missing and not same_head and all(".pooler." in "." + name for name in missing):
+        if missing and all(".pooler." in "." + name for name in missing):
             hint = f"; {architecture} has no pooler: load with add_pooling_layer=False"
         raise file.fail(
             f"{len(missing)} tensors missing {missing[:5]}, {len(unexpected)} unexpected {unexpected[:5]}{hint}"

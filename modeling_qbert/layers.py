@@ -77,7 +77,8 @@ class WeightSpec:
         the loss-aware quantizer."""
         quantizer = WEIGHT_QUANTIZERS[self.quantizer][1]
         with torch.no_grad():
-            if weight.dtype == torch.float16:  # it holds neither the least scale nor what large ones are divided by
+            # float16 holds neither the least scale nor what large ones are divided by, bfloat16 no 8-bit codes.
+            if weight.dtype in (torch.float16, torch.bfloat16):
                 weight = weight.float()
             if weight.dim() == 3:
                 planes = [quantizer(plane, self.granularity, self.group_size) for plane in weight]
@@ -125,13 +126,34 @@ class _LatentMixin:
         self.weight_scale.copy_(scale)
 
 
+class TokenMask:
+    """Which tokens (B, T) of a batch are real, told to a layer before it runs: to each thread those of its own.
+
+    A thread that was told nothing has what was told last: one of autograd's, that runs a checkpointed layer again.
+    """
+
+    def __init__(self):
+        self.last: Tensor | None = None
+        self._of_thread: dict[int, Tensor | None] = {}
+
+    def tell(self, mask: Tensor | None) -> None:
+        self.last = mask
+        if not torch.compiler.is_compiling():
+            self._of_thread[threading.get_ident()] = mask
+
+    def now(self) -> Tensor | None:
+        if not self._of_thread or torch.compiler.is_compiling():
+            return self.last
+        return self._of_thread.get(threading.get_ident(), self.last)
+
+
 class _QuantizedInput:
     """The input side of QuantLinear and PackedLinear: `input_quantizer`, or one that belongs to another module."""
 
-    token_mask: Tensor | None
+    token_mask: TokenMask
 
     def _init_input(self, quantizer: InputQuantizer | None, shared: bool) -> None:
-        self.token_mask = None
+        self.token_mask = TokenMask()
         self.input_quantizer = quantizer if isinstance(quantizer, nn.Module) and not shared else None
         self._activation = (quantizer,) if self.input_quantizer is None else ()  # in a tuple it is no submodule
 
@@ -239,7 +261,7 @@ def _linear(
             value = value.view(spec.planes, -1, value.shape[-1])
         value = value if latent is None else StraightThrough.apply(latent, value)
         return F.linear(x, (value.sum(0) if spec.planes > 1 else value).to(x.dtype), bias)
-    carrier, activation = _quantize_input(x, layer.activation, layer.token_mask)
+    carrier, activation = _quantize_input(x, layer.activation, layer.token_mask.now())
     rows = carrier.reshape(-1, x.shape[-1])
     y = quantized_linear(rows, latent, bias, activation, weight, spec.bound, spec.group_size, sums, spec.planes)
     return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)

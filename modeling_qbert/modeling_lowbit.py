@@ -23,8 +23,8 @@ from transformers.models.roberta.modeling_roberta import RobertaClassificationHe
 from .attention import quantized_attention
 from .checkpoint import WEIGHTS_FILE, CheckpointError, ShapeError, canonicalize_header, check_folder, stale_weights
 from .configuration_qbert import LowBitConfig, low_bit_fields
-from .fused import fuse_backbone, fused_forward_of
-from .integration import QbertConfig, QbertQuantizer, link_decoder, register_quantizer
+from .fused import become, fused_forward_of
+from .integration import MODEL_CLASSES, QbertConfig, QbertQuantizer, link_decoder, register_quantizer
 from .layers import (
     FastDropout,
     FixedGELU,
@@ -98,7 +98,7 @@ def share_token_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
     mask = mask.bool() if mask is not None and mask.dim() == 2 else None
     for layer in module.modules():
         if isinstance(layer, QuantLinear | PackedLinear):
-            layer.token_mask = mask
+            layer.token_mask.tell(mask)
 
 
 def refuse_offloaded(model: nn.Module, action: str) -> None:
@@ -124,7 +124,10 @@ class LowBitMixin:
     def __init__(self, config, *args, **kwargs):
         with _constructible(config):
             super().__init__(config, *args, **kwargs)
-        fuse_backbone(self.base_model)
+        backbone = self.base_model
+        for family_class in MODEL_CLASSES.values():
+            if family_class.config_class is self.config_class and type(backbone) in family_class.__bases__:
+                become(backbone, family_class)
         self._resize_heads()
         self._insert_quantizers()
         for module in self.modules():
@@ -413,7 +416,7 @@ class LowBitMixin:
         if not any(isinstance(module, _LAYERS) for module in self.modules()):
             raise ValueError(f"config field `bits` is {self.config.bits!r}: there is nothing to pack")
         for name, module in self.named_modules():
-            if isinstance(module, LsqQuantizer) and not bool(module.step > 0):
+            if isinstance(module, LsqQuantizer) and not bool(module.step != 0):
                 raise ValueError(f"{name}.step has no value yet: call model.calibrate(**batch) before packing")
         refuse_adapters(self, "pack")
         refuse_offloaded(self, "pack")
@@ -424,6 +427,8 @@ class LowBitMixin:
         for name, module in list(model.named_modules()):
             if isinstance(module, _LAYERS):
                 model.set_submodule(name, pack_layer(module, packing))
+            elif isinstance(module, LsqQuantizer):
+                module.step.clamp_(min=MIN_STEP)  # as it is computed with: a plain Trainer lets it fall below 0
         link_decoder(model)
         model.tie_weights()
         for parameter in model.parameters():
@@ -468,15 +473,20 @@ class LowBitMixin:
         model.load_state_dict(state)
         return model.to(device=self.device, dtype=dtype).eval()
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, *args, push_to_hub: bool = False, **kwargs
+    ) -> None:
         """As `PreTrainedModel.save_pretrained`, with the code that opens it where this package is missing. A packed
-        model is written beside its target and then moved into place, and the same model gives the same bytes."""
+        model is written beside its target and then moved into place, and the same model gives the same bytes; it has
+        no `variant`."""
         self.config.auto_map = dict(self.config_class.remote_code)
         adapters_alone = getattr(self, "_hf_peft_config_loaded", False)  # of `add_adapter`: only they are saved
         if not adapters_alone:
             refuse_adapters(self, "save")
-        if not self.is_packed or adapters_alone:
-            return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+        if not self.is_packed or adapters_alone or not is_main_process:
+            return super().save_pretrained(save_directory, is_main_process, *args, push_to_hub=push_to_hub, **kwargs)
+        if kwargs.get("variant") is not None:
+            raise ValueError(f"variant: a packed checkpoint is one file {WEIGHTS_FILE}, found {kwargs['variant']!r}")
         refuse_offloaded(self, "save")
         save_directory = os.fspath(save_directory)
         os.makedirs(save_directory, exist_ok=True)
@@ -485,7 +495,7 @@ class LowBitMixin:
             raise CheckpointError(f"{save_directory}: holds other weight files {foreign}; save to a clean folder")
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=save_directory) as staging:
-            super().save_pretrained(staging, *args, **{**kwargs, "max_shard_size": "1000GB"})
+            super().save_pretrained(staging, is_main_process, *args, **{**kwargs, "max_shard_size": "1000GB"})
             canonicalize_header(os.path.join(staging, WEIGHTS_FILE))
             for name in sorted(os.listdir(staging), key=lambda name: name != WEIGHTS_FILE):
                 os.replace(os.path.join(staging, name), os.path.join(save_directory, name))

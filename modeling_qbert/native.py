@@ -91,6 +91,8 @@ def _load() -> ctypes.CDLL:
 
 
 library = _load()
+same_bytes = library.memcmp  # 0 for equal ones
+same_bytes.restype, same_bytes.argtypes = c_int, [c_void_p, c_void_p, ctypes.c_size_t]
 
 
 def _share_threads_with_torch() -> None:

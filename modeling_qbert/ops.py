@@ -27,6 +27,7 @@ try:
         NativeEncoder,
         NativeWeight,
         place_of,
+        same_bytes,
         supports,
     )
     from .native import quantize as native_quantize
@@ -48,7 +49,7 @@ try:
     WHY_NOT_NATIVE = ""
 except ImportError as _error:  # built without a compiler, or copied as remote code
     EmbeddingTables = GhostWeights = LayerWeights = NativeDense = NativeEncoder = NativeWeight = None
-    place_of = supports = traced_linear = ghost_features = ghost_gradient = None
+    place_of = same_bytes = supports = traced_linear = ghost_features = ghost_gradient = None
     MOST_TAPS = 0
     Dropout = drop = native_softmax_codes = scale_products = softmax_gradient = None
     finish_products = linear_gradient = step_gradient = native_quantize = None

@@ -282,9 +282,12 @@ class LsqQuantizer(nn.Module):
         x = x.float()
         if self.signs:
             x = x - self.shift
-        if not self.ready and not torch.compiler.is_compiling():
-            self._prepare(x, valid)
         step = self.step.detach().clamp_min(MIN_STEP)
+        if not self.ready and torch.compiler.is_compiling():  # a graph cannot raise
+            step = torch.where(self.step == 0, torch.nan, step)
+        elif not self.ready:
+            self._prepare(x, valid)
+            step = self.step.detach().clamp_min(MIN_STEP)
         if self.signs:
             codes = torch.where(x >= 0, 1.0, -1.0)
         else:

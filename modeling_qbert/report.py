@@ -185,6 +185,8 @@ def _open(folder: str, check: bool) -> tuple[PreTrainedModel, PackedFile]:
         quantization = QbertConfig.from_dict(dict(config.quantization_config))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if model.base_model is model and not any(name.startswith("pooler.") for name in file.tensors):
+        model.pooler = None  # a backbone may lack it, which no config says
     swap_to_packed(model, quantization.packing)
     if check:
         check_file(os.path.join(folder, WEIGHTS_FILE), model, quantization.packing)

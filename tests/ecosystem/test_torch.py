@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel
 from zoo import BACKBONES, FAMILIES, build
 
+from modeling_qbert.quantizers import LsqQuantizer
+
 
 try:
     from modeling_qbert import native_ops
@@ -61,6 +63,24 @@ def test_training_compiles(family):
     eager = loss_and_gradients(one, one)
     for found, expected in zip(loss_and_gradients(two, torch.compile(two, backend="aot_eager")), eager):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_graph_without_step_sizes_gives_no_numbers():
+    """Where eager code raises an error; steps with values are read, whether eager code ran before or not."""
+    model = build("binary", "bert", num_hidden_layers=1, bits="1-1-4", activation_quantizer="lsq").eval()
+    given = inputs()
+    model.calibrate(**given)
+    expected, ready = model(**given).logits, copy.deepcopy(model)
+    for module in ready.modules():
+        if isinstance(module, LsqQuantizer):
+            module.ready = False
+    torch.testing.assert_close(torch.compile(ready, backend="aot_eager")(**given).logits, expected)
+    for module in model.modules():
+        if isinstance(module, LsqQuantizer):
+            module.reset()
+    assert bool(torch.compile(model, backend="aot_eager")(**given).logits.isnan().all())
+    with pytest.raises(ValueError, match="step sizes have no value yet"):
+        model(**given)
 
 
 @pytest.mark.parametrize("cpu", [None, "off", "scalar"])

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import pickle
 import random
 
@@ -19,14 +20,14 @@ from tiny import (
     randomize,
     read_parts,
 )
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
-from modeling_qbert import CheckpointError, get_model_class
+from modeling_qbert import CheckpointError, get_model_class, verify_checkpoint
 from modeling_qbert.integration import _HEADS as AUTO_CLASSES
 from modeling_qbert.layers import PackedEmbedding, PackedLinear
 from modeling_qbert.modeling_ternary import HEADS
 from modeling_qbert.packing import PACKINGS
-from modeling_qbert.quantizers import GRANULARITIES, WEIGHT_QUANTIZERS
+from modeling_qbert.quantizers import GRANULARITIES, WEIGHT_QUANTIZERS, LsqQuantizer
 
 
 TERNARY = [name for name, (bits, _) in WEIGHT_QUANTIZERS.items() if bits == 2]
@@ -262,6 +263,52 @@ def test_packing_is_refused_clearly(example):
         model.pack("3bit")
     with pytest.raises(ValueError, match="nothing to pack"):
         latent(bits="32-32-32").pack()
+
+
+def test_only_the_main_process_saves(tmp_path):
+    model = latent().pack()
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not list((tmp_path / "other").glob("*.safetensors"))
+    with pytest.raises(ValueError, match="variant: a packed checkpoint is one file model.safetensors, found 'fp16'"):
+        model.save_pretrained(tmp_path / "variant", variant="fp16")
+    assert not (tmp_path / "variant").exists()
+
+
+@pytest.mark.parametrize("family", ["ternary", "binary", "ghost"])
+@pytest.mark.parametrize("backbone", HEADS)
+def test_the_backbone_alone_is_one_of_the_family(family, backbone, tmp_path):
+    bits = "1-1-8" if family == "binary" else "2-2-8"
+    whole, given = latent(backbone, "sequence-classification", family=family, bits=bits), inputs()
+    for model in (whole, whole.pack()):
+        folder = tmp_path / str(model.is_packed)
+        model.save_pretrained(tmp_path / "whole")  # then the config names a head
+        model.base_model.save_pretrained(folder)
+        fields = json.loads((folder / "config.json").read_text())
+        (architecture,) = fields["architectures"]
+        assert architecture == get_model_class(family, backbone, "base").__name__
+        for place in fields["auto_map"].values():
+            assert (folder / f"{place.split('.')[0]}.py").is_file()
+        if model.is_packed:
+            verify_checkpoint(folder)
+        without = {"add_pooling_layer": False} if model.is_packed and backbone == "roberta" else {}
+        if without:
+            with pytest.raises(CheckpointError, match="has no pooler: load with add_pooling_layer=False"):
+                AutoModel.from_pretrained(folder)
+        found = AutoModel.from_pretrained(folder, **without)
+        assert type(found).__name__ == architecture and found.is_packed == model.is_packed
+        with torch.no_grad():  # a pooler that was not there is new
+            assert torch.equal(found(**given)[0], model.base_model(**given)[0])
+
+
+def test_a_step_that_fell_below_zero_packs_as_it_computes():
+    """`DistillationTrainer` holds steps above 0, a plain Trainer does not."""
+    model, given = latent(family="binary", bits="1-1-4", activation_quantizer="lsq"), inputs()
+    steps = [module.step for module in model.modules() if isinstance(module, LsqQuantizer)]
+    for step in steps[::3]:
+        step.data.neg_()
+    packed = model.pack()
+    assert torch.equal(answers(packed, given), answers(model, given))
+    assert all(float(module.step) > 0 for module in packed.modules() if isinstance(module, LsqQuantizer))
 
 
 def test_weights_that_are_not_numbers_are_not_saved(example, tmp_path):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from tiny import answers, assert_same_codes, config, inputs, latent
+from tiny import answers, assert_same_codes, config, inputs, latent, quantized_layers
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from modeling_qbert import TernaryBertForSequenceClassification, TernaryBertModel, get_model_class
@@ -110,6 +110,44 @@ def test_masks_of_four_dimensions_hide_what_those_of_two_hide(backbone, fields, 
                 positions = torch.arange(real.shape[1]).expand_as(ids) + 2 * (backbone == "roberta")
                 logits = each(input_ids=ids, attention_mask=mask, position_ids=positions).logits
             torch.testing.assert_close(logits.flatten(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_row"])
+def test_eight_bit_codes_of_bfloat16_weights(granularity, tmp_path):
+    """The largest weight of a range keeps its sign: in bfloat16 its code would round to 128."""
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**SMALL)).bfloat16().save_pretrained(tmp_path / "plain")
+    fields = {"bits": "8-8-8", "weight_granularity": granularity, "position_bits": 8}
+    model = TernaryBertForSequenceClassification.from_pretrained(tmp_path / "plain", **fields)
+    for name, layer in quantized_layers(model).items():
+        found = layer.quantize_weight()
+        assert layer.weight.dtype == torch.bfloat16
+        assert bool(((found.dequantize() - layer.weight.float()).abs() <= 0.501 * found.scale).all()), name
+    model.pack().save_pretrained(tmp_path / "packed")
+    assert_same_codes(TernaryBertForSequenceClassification.from_pretrained(tmp_path / "packed"), model.pack())
+
+
+def test_threads_keep_their_own_ranges_over_the_batch():
+    """Sentences of one length but other padding in two threads of one model, each told its mask before either runs."""
+    model = latent(activation_granularity="per_tensor").pack()
+    given = [inputs(), inputs() | {"attention_mask": torch.ones(3, 11, dtype=torch.long)}]
+    expected = [answers(model, one) for one in given]
+    assert not torch.equal(*expected)
+    barrier, found = threading.Barrier(2, timeout=60), {}
+
+    def wait(*_) -> None:
+        barrier.wait()
+
+    model.bert.embeddings.register_forward_pre_hook(wait)
+    threads = [
+        threading.Thread(target=lambda which=which: found.update({which: answers(model, given[which])}))
+        for which in (0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[which], expected[which]) for which in (0, 1))
 
 
 @pytest.mark.parametrize("bits", ["2-2-8", "2-8-8"])

@@ -268,6 +268,11 @@ def test_a_changed_model_is_a_new_engine():
     assert_same(model, given)
     model.encoder.layer[0].output.dense.bias = torch.nn.Parameter(torch.ones(36), requires_grad=False)
     assert_same(model, given)
+    for tensor in (model.encoder.layer[0].output.LayerNorm.bias, model.encoder.layer[1].intermediate.dense.bias):
+        before = both(model, given)[0]
+        tensor.data.add_(1)  # counts no version
+        assert_same(model, given)
+        assert not torch.equal(both(model, given)[0], before)
     other = latent("bert", "base", seed=5).pack()
     model.load_state_dict(other.state_dict())
     assert_same(model, given)
