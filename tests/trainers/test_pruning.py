@@ -250,11 +250,11 @@ def test_tied_decoder_stays_tied(tmp_path):
 
 
 def test_backbone_without_head():
-    model = BinaryBertModel(make_model().config)
-    narrow = subnetwork(model, 0.5)
-    assert narrow.encoder.layer[0].attention.self.query.weight.shape == (24, 48)
+    for model in (BinaryBertModel(make_model().config), make_model().bert):
+        narrow = subnetwork(model, 0.5)
+        assert narrow.encoder.layer[0].attention.self.query.weight.shape == (24, 48)
     with pytest.raises(ValueError, match="bits 32-32-32, found .*BertModel"):
-        subnetwork(make_model().bert, 0.5)
+        subnetwork(make_teacher().bert, 0.5)
 
 
 def test_strict_about_names_and_shapes():

@@ -132,7 +132,7 @@ def test_the_card_reports_the_run(finished):
     _, output, results = finished
     card = (output / "packed" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["base_model_relation"] == "quantized"
+    assert not {"base_model", "base_model_relation"} & front.keys()  # the teacher is a folder here
     values = [metric["value"] for metric in front["model-index"][0]["results"][0]["metrics"]]
     assert any(abs(value - results["packed"]["metrics"]["accuracy"]) < 1e-9 for value in values)
 
