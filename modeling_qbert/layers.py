@@ -134,15 +134,16 @@ class TokenMask:
 
     def __init__(self):
         self.last: Tensor | None = None
+        self.compiled = False  # whether a graph was told it, which knows of no threads
         self._of_thread: dict[int, Tensor | None] = {}
 
     def tell(self, mask: Tensor | None) -> None:
-        self.last = mask
-        if not torch.compiler.is_compiling():
+        self.last, self.compiled = mask, torch.compiler.is_compiling()
+        if not self.compiled:
             self._of_thread[threading.get_ident()] = mask
 
     def now(self) -> Tensor | None:
-        if not self._of_thread or torch.compiler.is_compiling():
+        if self.compiled or torch.compiler.is_compiling():
             return self.last
         return self._of_thread.get(threading.get_ident(), self.last)
 
@@ -156,6 +157,11 @@ class _QuantizedInput:
         self.token_mask = TokenMask()
         self.input_quantizer = quantizer if isinstance(quantizer, nn.Module) and not shared else None
         self._activation = (quantizer,) if self.input_quantizer is None else ()  # in a tuple it is no submodule
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.token_mask = TokenMask()
+        return replica
 
     @property
     def activation(self) -> InputQuantizer | None:

@@ -126,7 +126,7 @@ class LowBitMixin:
             super().__init__(config, *args, **kwargs)
         backbone = self.base_model
         for family_class in MODEL_CLASSES.values():
-            if family_class.config_class is self.config_class and type(backbone) in family_class.__bases__:
+            if issubclass(self.config_class, family_class.config_class) and type(backbone) in family_class.__bases__:
                 become(backbone, family_class)
         self._resize_heads()
         self._insert_quantizers()

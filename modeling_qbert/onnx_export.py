@@ -16,6 +16,7 @@ Shapes: B batch, T tokens, O out rows, I in columns, K blocks of a row.
 """
 
 import copy
+import json
 import os
 import warnings
 from functools import partial
@@ -258,9 +259,9 @@ def export_onnx(model: PreTrainedModel, file: str | os.PathLike) -> dict[str, An
     proto.graph.ClearField("value_info")
     proto.ClearField("metadata_props")
     proto.producer_name = PRODUCER
-    onnx.helper.set_model_props(
-        proto, {"architecture": type(model).__name__, "config": packed.config.to_json_string(use_diff=False)}
-    )
+    fields = json.loads(packed.config.to_json_string(use_diff=False))  # labels also where they are the default ones
+    fields.pop("_name_or_path", None)
+    onnx.helper.set_model_props(proto, {"architecture": type(model).__name__, "config": json.dumps(fields, indent=2)})
     content = proto.SerializeToString(deterministic=True)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     difference = float(np.max([_difference(packed, session, shape) for shape in ((1, 1), (2, 9), (3, 33))]))

@@ -236,6 +236,7 @@ def augment(
     settings = {
         "rows": data_identity(rows),
         "shards": -(-len(rows) // shard_rows),
+        "shard_rows": shard_rows,
         "model": Path(model).name,
         "weights": _digest(proposals),
         "mode": mode,
@@ -246,7 +247,8 @@ def augment(
     }
     with folder_lock(output):
         path = output / AUGMENTATION
-        if path.exists() and (found := json.loads(path.read_text())) != settings:
+        found = {"shard_rows": SHARD_ROWS} | json.loads(path.read_text()) if path.exists() else settings
+        if found != settings:
             changed = [key for key in settings if found.get(key) != settings[key]]
             raise ValueError(
                 f"{path}: holds another augmentation ({', '.join(changed)} differ); choose another folder"

@@ -6,6 +6,7 @@ shape), so that a long measurement can be made in pieces.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from modeling_qbert import (
 
 from .machine import cpu_name
 from .results import environment, write_atomic
-from .rivals import INPUTS, RIVALS, TO_BEAT, Answer, NotInstalledError, example, prepare, similarity
+from .rivals import INPUTS, RIVALS, TO_BEAT, Answer, NotInstalledError, example, onnxruntime_file, prepare, similarity
 
 
 NETWORKS: dict[str, dict[str, int]] = {
@@ -249,6 +250,8 @@ def merge(path: Path, kind: str, network: str, threads: int, cells: Mapping[str,
     """The JSON file with these cells added or replaced."""
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     place = report.setdefault(kind, {}).setdefault(network, {}).setdefault(thread_name(threads), {})
+    if kind == "memory":
+        place.clear()  # one measurement: what was not measured now is of another time or machine
     place.update(cells)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(report, indent=1, sort_keys=True) + "\n").encode())
@@ -257,6 +260,14 @@ def merge(path: Path, kind: str, network: str, threads: int, cells: Mapping[str,
 
 def thread_name(threads: int) -> str:
     return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """Name in the cache for rivals made of these very weights: folders of one name hold many a model."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def measure_pipeline(
@@ -273,7 +284,7 @@ def measure_pipeline(
     """
     torch.set_num_threads(threads)
     own, other = (pipeline("text-classification", model=checkpoint) for _ in range(2))
-    session = prepare("ONNX Runtime int8", other.model.dequantize(), cache / Path(checkpoint).name, threads)
+    session = prepare("ONNX Runtime int8", other.model.dequantize(), cache / _digest(other.model), threads)
 
     def forward(inputs: Mapping[str, torch.Tensor], **_: Any) -> SequenceClassifierOutput:
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -360,7 +371,7 @@ def measure_memory(network: str, threads: int, cache: Path) -> dict[str, Any]:
         "packed": folder / SHARED_WEIGHTS,
         "packed, package imported": folder / SHARED_WEIGHTS,
         "PyTorch fp32": fp32,
-        "ONNX Runtime int8": folder / "onnxruntime-int8.onnx",
+        "ONNX Runtime int8": onnxruntime_file(folder),
         "OpenVINO int8": folder / "openvino-int8.xml",
     }
     found: dict[str, Any] = {"missing": missing, **_parent()}

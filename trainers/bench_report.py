@@ -20,6 +20,7 @@ PEAKS = {
         2: {"bytes": 458e9, "counts": 2440e9, "L3": 127e9, "DRAM": 32e9},
     }
 }
+PEAKS["AMD EPYC (family 25, model 17)"] = PEAKS["AMD EPYC"]  # as later results name it
 L3_BYTES = 32 << 20
 
 
@@ -101,7 +102,7 @@ def _render_pipeline(results: Mapping[str, Any]) -> Iterable[str]:
 
 
 _RENDER = {"speed": _render_speed, "memory": _render_memory, "pipeline": _render_pipeline}
-_BLOCK = re.compile(r"(<!-- qbert bench (\S+)((?: \w+)*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- qbert bench (\S+)((?: \w+)*) -->\n)((?:(?!<!-- qbert ).)*?)(<!-- end -->)", re.DOTALL)
 
 
 def update_text(text: str, root: Path) -> str:

@@ -153,8 +153,11 @@ class AtomicCheckpointMixin:
             self._started, self._earlier_seconds = time.time(), 0.0
             checkpoint = self._resumed_from = self._checked_resume(folder, resume_from_checkpoint)
             self._step_losses = {}
-            with freed_memory_kept() as self._give_back_memory:
-                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            try:
+                with freed_memory_kept() as self._give_back_memory:
+                    return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            finally:
+                self._resumed_from = self._order = None
 
     def _checked_resume(self, folder: Path, requested: str | bool | None) -> str | None:
         newest = None if isinstance(requested, str) else newest_complete_checkpoint(folder)
@@ -186,9 +189,10 @@ class AtomicCheckpointMixin:
         self._order = _EpochOrder(sampler.batch_size, lengths=sampler.lengths)
         if self._resumed_from is not None:
             path = Path(self._resumed_from, self._order_name)
-            if not path.is_file():
+            if path.is_file():
+                self._order.redraw_from = load_file(path)["drawn_from"]
+            elif self.args.process_index == 0 or not self.accelerator.dispatch_batches:  # else the first one draws
                 raise ValueError(f"{path.parent} cannot be resumed from: it was saved without {path.name}")
-            self._order.redraw_from = load_file(path)["drawn_from"]
         return self._order
 
     @property
@@ -317,6 +321,9 @@ class _SaveAfterEvaluation(TrainerCallback):
     numbers too, and a run resumed from before it would not evaluate again."""
 
     due = False
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002
+        self.due = False
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
         ends = state.epoch == int(state.epoch) and state.global_step < state.max_steps

@@ -70,6 +70,21 @@ def label_config(dataset: Dataset | DatasetDict) -> dict[str, Any]:
     }
 
 
+def check_label_order(config: PreTrainedConfig, task: Task, source: str | None = None) -> None:
+    """Raises `ValueError` where a checkpoint has the classes of `task` in another order: answers would be taken for
+    others. Names of another kind, such as LABEL_0, say nothing."""
+
+    def plain(names: Sequence[str]) -> list[str]:
+        return [re.sub(r"[\W_]", "", str(name).lower()) for name in names]
+
+    found = [config.id2label[index] for index in sorted(config.id2label)]
+    expected = list(task.label_names or ())
+    if sorted(plain(found)) == sorted(plain(expected)) and plain(found) != plain(expected):
+        raise ValueError(
+            f"{source or config.name_or_path}: expected the classes {expected} in this order, found {found}"
+        )
+
+
 def load_data(
     spec: DataSpec, splits: Sequence[str] | None = None, label_names: Sequence[str] | None = None
 ) -> DatasetDict:
@@ -79,8 +94,9 @@ def load_data(
         spec: `path` is a local folder with `<split>.<suffix>` or `<task>/<split>.<suffix>` (parquet, csv, json,
             jsonl), one local file holding the one split asked for, or a Hub data set.
         splits: names of the splits, by default train and evaluation splits of `spec`.
-        label_names: classes in index order; by default those of the task. Own data has those of its first split: the
-            names of a `ClassLabel`, the sorted strings, 0 up to the highest integer; floats mean regression.
+        label_names: classes in index order, none for regression; by default those of the task. Own data has those of
+            its first split: the names of a `ClassLabel`, the sorted strings, 0 up to the highest integer; floats mean
+            regression.
 
     Raises:
         ValueError: path, split, file, column, label or text is wrong; names where, what was expected, what was found.
@@ -94,6 +110,7 @@ def load_data(
     if label_names is None and (task is None or task.label_names is not None):
         source, dataset = raw[splits[0]]
         label_names = task.label_names if task else _infer_label_names(dataset, columns["label"], source)
+    label_names = label_names or None
 
     loaded = DatasetDict()
     for split, (source, dataset) in raw.items():

@@ -100,12 +100,16 @@ def saturates() -> bool:
     return "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"}
 
 
+def onnxruntime_file(folder: Path) -> Path:
+    return folder / f"onnxruntime-int{7 if saturates() else 8}.onnx"
+
+
 def prepare_onnxruntime(model: PreTrainedModel, folder: Path, threads: int) -> Answer:
     """ONNX Runtime: its BERT fusions (attention, skip + LayerNorm, bias + GELU, embedding), dynamic int8 weights; in
     the range of 7 bits where sums would saturate, as its documentation asks for."""
     import onnxruntime
 
-    path = folder / f"onnxruntime-int{7 if saturates() else 8}.onnx"
+    path = onnxruntime_file(folder)
     if not path.exists():
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic

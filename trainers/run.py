@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save, save_file
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from modeling_qbert import ghost_parameters, multiply_adds
 
 from .card import write_card
 from .checkpointing import AtomicCheckpointMixin, folder_lock, newest_complete_checkpoint
-from .data import data_identity, eval_splits, label_config, load_augmented, load_data, task_of
+from .data import check_label_order, data_identity, eval_splits, label_config, load_augmented, load_data, task_of
 from .distillation import DistillationArguments, DistillationTrainer
 from .figures import plot_training
 from .heads import HEADS, evaluations, predict_splits, scores
@@ -50,9 +50,13 @@ class FineTuningTrainer(AtomicCheckpointMixin, Trainer):
 
 def evaluate_checkpoint(folder: str, spec: DataSpec, logits_file: str | None = None) -> dict[str, float]:
     """Scores of a saved checkpoint, latent or packed, on the evaluation splits; optionally keeps its logits."""
-    data = load_data(spec, eval_splits(spec))
+    config, own_labels = AutoConfig.from_pretrained(folder), None
+    if spec.task is None and config.problem_type is not None:  # of own data the checkpoint knows the classes
+        own_labels = [] if config.problem_type == "regression" else list(config.id2label.values())
+    data = load_data(spec, eval_splits(spec), own_labels)
     task = task_of(spec, data)
     head = HEADS[task.kind]
+    check_label_order(config, task, folder)
     model, tokenizer = head.auto_class.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     splits = evaluations(task, data, tokenizer, spec, model.config)
     logits = predict_splits(model, tokenizer, head, splits)
@@ -124,6 +128,8 @@ class _Run:
         self.task = task_of(spec, self.data)
         self.head = HEADS[self.task.kind]
         self.labels = {} if self.task.kind == "embedding" else label_config(self.data)
+        if recipe.teacher.fine_tune is None:
+            check_label_order(AutoConfig.from_pretrained(resolve_model(recipe.teacher.model)), self.task)
         # What the teacher's name stands for; weights of a bundled model are pinned.
         self.teacher_identity = recipe.portable()["teacher"]
         if recipe.teacher.model not in BUNDLED:
@@ -227,7 +233,9 @@ class _Run:
         if index == len(self.recipe.stages) - 1 and not (folder / DONE).exists():
             folder = self.output / f"stage-{index}-{stage.name}"
         model_folder = folder / "model"
+        started = time.time()
         with _wait_for_lock(folder):
+            self.stage_seconds += time.time() - started  # while another run trained it
             if not (folder / DONE).exists():
                 set_seed(self.recipe.seed)
                 training = folder / "training"

@@ -90,6 +90,26 @@ class Grid:
             cell.append(run)
         for task in self.tasks:
             self._check_column(task)
+        for cell in self.cells.values():
+            self._check_cell(cell)
+
+    def _check_cell(self, cell: Sequence[Mapping[str, Any]]) -> None:
+        """Spread is that of seeds: all else that a recipe says, and the rows trained on, must be the same."""
+        for field, value in (
+            ("recipe", lambda run: {k: v for k, v in run["recipe"].items() if k not in ("name", "seed")}),
+            ("data", lambda run: run["data"]),
+        ):
+            for run in cell[1:]:
+                differing = [
+                    key
+                    for key in value(run).keys() | value(cell[0]).keys()
+                    if value(run).get(key) != value(cell[0]).get(key)
+                ]
+                if differing:
+                    raise ValueError(
+                        f"{run['run']!r} and {cell[0]['run']!r} differ in more than their seed: {field} "
+                        f"{', '.join(sorted(differing))}; show them in separate tables"
+                    )
 
     def _check_column(self, task: str | None) -> None:
         """Scores under one title must come from one metric on the same rows."""
@@ -367,8 +387,11 @@ def render_zoo(folder: str | Path) -> str:
 
 
 _BLOCK = re.compile(
-    r"(<!-- qbert (table|distances|differences|zoo) (\S+)((?: [^\s:]+:[^\s:]+)*) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- qbert (table|distances|differences|zoo) (\S+)((?: [^\s:]+:[^\s:]+)*) -->\n)"
+    r"(?:(?!<!-- qbert ).)*?(<!-- end -->)",
+    re.DOTALL,
 )
+_BEGINNING = re.compile(r"<!-- qbert (?:table|distances|differences|zoo)\b.*")
 _RENDER = {"table": render_table, "distances": render_distances, "differences": render_differences}
 
 
@@ -379,11 +402,15 @@ def update_tables(text: str, root: str | Path) -> str:
     `+`.
 
     Raises:
-        ValueError: the text has no such block, a folder no results, or a block has pairs that should have none or the
-            other way round.
+        ValueError: the text has no such block, or one that is malformed or has no end; a folder has no results; a
+            block has pairs that should have none or the other way round.
     """
-    if not _BLOCK.search(text):
+    blocks = [block.start() for block in _BLOCK.finditer(text)]
+    if not blocks:
         raise ValueError("expected blocks '<!-- qbert table FOLDER -->' ... '<!-- end -->', found none")
+    for beginning in _BEGINNING.finditer(text):
+        if beginning.start() not in blocks and not text[: beginning.start()].endswith("`"):  # in prose it is code
+            raise ValueError(f"{beginning[0]}: expected FOLDER, or FOLDER and pairs, and '<!-- end -->' behind it")
 
     def render(block: re.Match) -> str:
         pairs = [tuple(pair.split(":")) for pair in block[4].split()]

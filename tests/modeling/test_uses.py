@@ -7,7 +7,12 @@ import torch
 from tiny import answers, assert_same_codes, config, inputs, latent, quantized_layers
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from modeling_qbert import TernaryBertForSequenceClassification, TernaryBertModel, get_model_class
+from modeling_qbert import (
+    TernaryBertConfig,
+    TernaryBertForSequenceClassification,
+    TernaryBertModel,
+    get_model_class,
+)
 
 
 SMALL = {
@@ -50,6 +55,18 @@ def test_models_are_loaded_in_other_types_while_one_answers(tmp_path):
         done.set()
         thread.join()
     assert all(torch.equal(one, expected) for one in found)
+
+
+def test_subclasses_of_config_and_head_run_in_the_engine():
+    class MyConfig(TernaryBertConfig):
+        pass
+
+    class MyHead(TernaryBertForSequenceClassification):
+        config_class = MyConfig
+
+    torch.manual_seed(0)
+    model = MyHead(MyConfig(**SMALL))
+    assert type(model.bert) is TernaryBertModel
 
 
 def test_a_subclass_keeps_its_own_forward():

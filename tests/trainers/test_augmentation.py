@@ -262,6 +262,8 @@ def test_a_folder_keeps_to_its_augmentation(workplace, tmp_path):
     augment(sst2(workplace), tmp_path, model, mode="neighbours", copies=2)
     with pytest.raises(ValueError, match=r"augmentation.json: holds another augmentation \(copies, seed differ\)"):
         augment(sst2(workplace), tmp_path, model, mode="neighbours", copies=3, seed=1)
+    with pytest.raises(ValueError, match=r"another augmentation \(shard_rows differ\)"):
+        augment(sst2(workplace), tmp_path, model, mode="neighbours", copies=2, shard_rows=499)
     torch.manual_seed(5)
     other = tmp_path / "other"
     BertModel(BertConfig.from_pretrained(model)).save_pretrained(other)

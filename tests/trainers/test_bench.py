@@ -1,5 +1,6 @@
 """The benchmark's bookkeeping: order, agreement, rivals that are missing, cells that are merged, tables."""
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -65,6 +66,23 @@ def test_a_cell_names_what_is_missing(tiny, tmp_path, monkeypatch):  # noqa: ARG
     assert "no_such_package not installed" in text and text.count("| W1A1 |") == 2
 
 
+def test_a_measurement_of_memory_is_replaced_whole(tmp_path):
+    """What another machine had, and this one lacks, does not stay beside its numbers."""
+    bench.merge(
+        tmp_path / "r.json", "memory", "tiny", 1, {"packed": [1, 2, 3], "OpenVINO int8": [4, 5, 6], "cpu": "a"}
+    )
+    report = bench.merge(tmp_path / "r.json", "memory", "tiny", 1, {"packed": [7, 8, 9], "cpu": "b"})
+    assert report["memory"]["tiny"]["1 thread"] == {"packed": [7, 8, 9], "cpu": "b"}
+
+
+def test_rivals_are_kept_by_weights_not_by_name(tiny, tmp_path):  # noqa: ARG001
+    model = bench.prepare_ours(["W2A8"], "tiny", tmp_path)["W2A8"]
+    before = bench._digest(model)
+    assert bench._digest(copy.deepcopy(model)) == before
+    model.bert.encoder.layer[0].output.LayerNorm.bias.data.add_(1)
+    assert bench._digest(model) != before
+
+
 def test_prepared_networks_are_kept(tiny, tmp_path):  # noqa: ARG001
     first, again = (bench.prepare_ours(["W1A8"], "tiny", tmp_path)["W1A8"] for _ in range(2))
     given = rivals.example(50, 2, 5)
@@ -92,6 +110,8 @@ def test_which_cpus_saturate(tmp_path, monkeypatch, flags, expected):
 def test_floors_belong_to_the_cpu_that_was_probed():
     report = json.loads((ROOT / "benchmarks/results/bench.json").read_text())
     assert "x floor)" in bench_report.render(report, ["speed"])
+    shape = (next(iter(report["speed"])), "W2A8", 1, 128, 1)
+    assert bench_report.floor_ms("AMD EPYC (family 25, model 17)", *shape) == bench_report.floor_ms("AMD EPYC", *shape)
     for by_threads in report["speed"].values():
         for cells in by_threads.values():
             for cell in cells.values():

@@ -460,6 +460,12 @@ def test_resume_refuses_what_would_restart_silently(tmp_path):
     make_trainer(tmp_path / "full", max_steps=2).train()
     with pytest.raises(ValueError, match="checkpoint-2 exists: resume from it"):
         make_trainer(tmp_path / "full").train()
+    grouped = make_trainer(tmp_path / "grouped", train_sampling_strategy="group_by_length", max_steps=2)
+    grouped.train()
+    resumed = make_trainer(tmp_path / "grouped", train_sampling_strategy="group_by_length", max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    shutil.rmtree(tmp_path / "grouped" / "checkpoint-2")
+    assert len(list(resumed.get_train_dataloader())) == 6  # the resume is over
     with pytest.raises(ValueError, match="checkpoint-2 cannot be resumed from: it was saved without order_0"):
         make_trainer(tmp_path / "full", train_sampling_strategy="group_by_length").train(resume_from_checkpoint=True)
     wider = make_model(num_labels=2, type_vocab_size=2)

@@ -75,6 +75,36 @@ def test_mnli_has_the_scores_of_both_splits(checkpoint, tmp_path):
         lines = [dict(zip(columns, values)) for values in zip(*columns.values())]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert evaluate_checkpoint(str(checkpoint), spec) == metrics
+    # Answers of a checkpoint that has the classes in another order would be taken for others.
+    model.config.id2label = dict(enumerate(["CONTRADICTION", "entailment", "neutral"]))
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match="expected the classes .'entailment', 'neutral', 'contradiction'. in this order"
+    ):
+        evaluate_checkpoint(str(checkpoint), spec)
+
+
+def test_own_data_is_scored_by_the_classes_of_the_checkpoint(checkpoint, tmp_path):
+    """The evaluated split lacks one of them, or has whole numbers where a regression was trained on others."""
+    tokenizer, texts = BertTokenizer.from_pretrained(checkpoint), mnli(0)["text"]
+    model = BertForSequenceClassification.from_pretrained(checkpoint)
+    model.config.id2label, model.config.problem_type = dict(enumerate("abc")), "single_label_classification"
+    model.save_pretrained(checkpoint)
+    with torch.no_grad():
+        answers = [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
+    lines = [{"text": text, "label": "cca"[answer]} for text, answer in zip(texts, answers)]  # never b
+    assert {line["label"] for line in lines} == {"a", "c"}
+    (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    spec = DataSpec(path=str(tmp_path), text="text", label="label", max_length=16)
+    right = sum("abc"[answer] == line["label"] for answer, line in zip(answers, lines))
+    assert 0 <= right < len(lines) and evaluate_checkpoint(str(checkpoint), spec)["accuracy"] == right / len(lines)
+
+    config = model.config
+    config.num_labels, config.problem_type = 1, "regression"
+    BertForSequenceClassification(config).save_pretrained(checkpoint)
+    lines = [{"text": text, "label": index} for index, text in enumerate(texts)]
+    (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "pearson" in evaluate_checkpoint(str(checkpoint), spec)
 
 
 def test_the_order_of_the_rows_is_kept(checkpoint):

@@ -324,6 +324,14 @@ def test_differences_are_between_runs_of_one_task_seed_and_teacher():
         render_differences(pair("sst2", 44, 0.90, 0.10, teachers=(0.91, 0.92)), [("a", "b")])
 
 
+@pytest.mark.parametrize("field, name", [("recipe.packing", "recipe packing"), ("data.train.sha256", "data train")])
+def test_spread_is_that_of_seeds_alone(field, name):
+    other = replaced(make_results(seed=43), field, "0" * 64)
+    with pytest.raises(ValueError, match=f"differ in more than their seed: {name}; show them in separate tables"):
+        render_table([make_results(), other])
+    render_table([make_results(), replaced(make_results(variant="other"), field, "0" * 64)])
+
+
 def test_a_text_shows_differences_of_several_folders(tmp_path):
     write_results(tmp_path / "one" / "seed42.json", make_results(variant="a", packed=0.90))
     write_results(tmp_path / "two" / "seed42.json", make_results(variant="b", packed=0.88))
@@ -333,6 +341,10 @@ def test_a_text_shows_differences_of_several_folders(tmp_path):
     for wrong in ("differences one+two", "table one a:b"):
         with pytest.raises(ValueError, match="pairs FIRST:SECOND"):
             update_tables(text.replace("differences one+two a:b b:a", wrong), tmp_path)
+    # Nothing is left as it was, and nothing between two blocks is taken for a block.
+    for wrong in ("<!-- qbert differences one a:b c -->\nx\n<!-- end -->\n", "<!-- qbert table one -->\nprose\n"):
+        with pytest.raises(ValueError, match="<!-- qbert .* one.*: expected FOLDER"):
+            update_tables(wrong + text, tmp_path)
     assert row(updated, "a − b") == ["+2.00 (pairs 1)"] and row(updated, "b − a")[0] == "-2.00 (pairs 1)"
 
 
