@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenize
 
 import modeling_qbert
 from modeling_qbert import fused
+from trainers.card import build_card
 from trainers.question_answering import answer as answer_question
 from trainers.recipe import DataSpec
 from trainers.results import read_results
@@ -41,6 +42,13 @@ def test_bytes_are_those_of_the_results(folder):
     front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
     values = {metric["type"]: metric["value"] for metric in front["model-index"][0]["results"][0]["metrics"]}
     assert values.items() >= results["packed"]["metrics"].items()
+
+
+def test_the_card_is_what_its_results_make(folder):
+    """As `qbert push` makes it anew, under another name: nothing that the card says is known to the card alone."""
+    card = (folder / "README.md").read_text()
+    name = yaml.safe_load(card.split("---")[1])["model-index"][0]["name"]
+    assert str(build_card(folder, read_results(folder / "results.json"), model_id=name)) == card
 
 
 def test_pipeline_answers_as_recorded(folder):
